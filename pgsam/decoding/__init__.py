@@ -1,0 +1,1 @@
+"""From an image embedding to masks: class tokens, fusion of levels, refinement."""

@@ -1,0 +1,78 @@
+"""One file a paper; `build_model` knows them by the names of the `--module` flag."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pgsam.models.samed import SAMED, SAMED_S, build_samed
+from pgsam.sam.weights import load_sam
+
+SYNAPSE_CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
+DEFAULT_MODULE = SAMED
+
+
+def _samed(**arguments: Any) -> nn.Module:
+    return build_samed(**arguments)
+
+
+def _samed_s(**arguments: Any) -> nn.Module:
+    return build_samed(decoder_lora=True, **arguments)
+
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {SAMED: _samed, SAMED_S: _samed_s}
+
+
+def resolve_class_names(num_classes: int, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    """The given names, Synapse's for 8 classes, else `class 1`, `class 2`, ...; a ValueError if their number is not `num_classes`."""
+    if class_names is not None:
+        if len(class_names) != num_classes:
+            raise ValueError(f"{num_classes} classes need as many names, not {len(class_names)}: {', '.join(class_names)}")
+        return tuple(class_names)
+    return SYNAPSE_CLASSES if num_classes == 8 else tuple(f"class {i}" for i in range(1, num_classes + 1))
+
+
+def build_model(
+    module: str = DEFAULT_MODULE,
+    *,
+    vit_name: str = "vit_b",
+    img_size: int = 224,
+    num_classes: int = 8,
+    rank: int = 4,
+    ckpt: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    verbose: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """A model of `module`, started from an official SAM file.
+
+    Args:
+        module: `sam_lora_image_encoder` (SAMed) or `sam_lora_image_encoder_mask_decoder` (SAMed_s).
+        vit_name: `vit_b`, `vit_l`, `vit_h` or `vit_tiny`.
+        img_size: side of the input in pixels, a multiple of 16.
+        num_classes: foreground classes; channel 0 of the output is the background.
+        rank: rank of LoRA.
+        ckpt: official SAM file, or None for a random start.
+        class_names: foreground classes in label order; Synapse's for 8 classes.
+        verbose: print the report on the weights.
+        options: of the module, see `build_samed`.
+
+    Returns:
+        A module that takes `(B, 3, S, S)` in [0, 1]; see `pgsam.models.samed.SAMed` for what it gives.
+
+    Raises:
+        ValueError: a setting that cannot be.
+        UserError: the SAM file is absent or not what it claims to be.
+    """
+    if module not in BUILDERS:
+        raise ValueError(f"module is one of {', '.join(BUILDERS)}, not {module!r}")
+    names = resolve_class_names(num_classes, class_names)
+    model = BUILDERS[module](vit_name=vit_name, img_size=img_size, class_names=names, rank=rank, **options)
+    if ckpt is not None:
+        report = load_sam(model, ckpt, vit_name)
+        if verbose:
+            print(report)
+    elif verbose:
+        print(f"NOTE: no SAM weights: {module} with {vit_name} starts from random numbers")
+    return model

@@ -1,0 +1,1 @@
+"""Parameter-efficient tuning, put on an encoder or decoder from outside."""

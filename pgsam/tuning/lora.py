@@ -1,0 +1,145 @@
+"""Low-rank adaptation of linear layers, most of all of the query and value projections of a fused qkv layer.
+
+Hu et al. 2021 (arXiv 2106.09685), applied as in SAMed (arXiv 2304.13785, section 3.2): k is left alone, no alpha / r scaling, no dropout.
+
+A tuned layer keeps the names of the layer it replaces (`weight`, `bias`) and adds `lora_a.<part>` and `lora_b.<part>`, so a model's state dict
+is SAM's plus the factors. Merging writes the sum to a buffer that is never saved: no checkpoint can hold an update twice.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pgsam.sam.image_encoder import ImageEncoder
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus `B_p A_p x` on each of some parts p of its output.
+
+    Args:
+        linear: the layer to adapt, `in -> out`; its parameters become this module's and are not trained.
+        rank: rank r of each update; 1 <= r <= in.
+        parts: name of each update -> the rows of the output it is added to, `(start, stop)`, ascending and disjoint.
+
+    `A_p` (r, in) starts kaiming-uniform and `B_p` (rows, r) at zero, so the layer starts as `linear` exactly.
+
+    Shape: `(..., in) -> (..., out)`.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, parts: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__()
+        if not 1 <= rank <= linear.in_features:
+            raise ValueError(f"rank must lie between 1 and the layer's width {linear.in_features}, not {rank}")
+        self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
+        self.parts = dict(parts)
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = linear.bias.requires_grad_(False) if linear.bias is not None else None
+        self.lora_a = nn.ParameterDict({name: nn.Parameter(linear.weight.new_empty(rank, linear.in_features)) for name in self.parts})
+        self.lora_b = nn.ParameterDict(
+            {name: nn.Parameter(linear.weight.new_zeros(hi - lo, rank)) for name, (lo, hi) in self.parts.items()}
+        )
+        for factor in self.lora_a.values():
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        self.register_buffer("merged", None, persistent=False)
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if self.merged is not None:
+            return F.linear(x, self.merged, self.bias)
+        out = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return out
+        # Both updates as one pair of thin products; k's rows of `up` are zero.
+        down = torch.cat(list(self.lora_a.values()))  # (parts * r, in)
+        return out + F.linear(F.linear(x, down), self._up())
+
+    def _up(self) -> Tensor:
+        """`(out, parts * r)`: the factors B on a block diagonal, zero rows where nothing is added."""
+        rows, covered, width = [], 0, self.rank * len(self.parts)
+        for i, (name, (start, stop)) in enumerate(self.parts.items()):
+            factor = self.lora_b[name]
+            if start > covered:
+                rows.append(factor.new_zeros(start - covered, width))
+            rows.append(F.pad(factor, (i * self.rank, width - (i + 1) * self.rank)))
+            covered = stop
+        if covered < self.out_features:
+            rows.append(rows[-1].new_zeros(self.out_features - covered, width))
+        return torch.cat(rows)
+
+    def delta(self) -> Tensor:
+        """`(out, in)`: the whole update of the weight, B A on the rows of each part and zero elsewhere."""
+        return self._up() @ torch.cat(list(self.lora_a.values()))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Computes with `weight + delta` in one product from now on, until `unmerge` or `train()`."""
+        self.merged = self.weight + self.delta()
+
+    def unmerge(self) -> None:
+        """Goes back to the layer and its update, computed apart; bit for bit what they were."""
+        self.merged = None
+
+    def train(self, mode: bool = True) -> "LoRALinear":
+        """As `nn.Module.train`; training a merged layer would not move its factors, so it unmerges."""
+        if mode:
+            self.unmerge()
+        return super().train(mode)
+
+
+def lora_query_value(qkv: nn.Linear, rank: int) -> LoRALinear:
+    """LoRA on the query and value rows of a fused projection `dim -> 3 * dim`."""
+    dim = qkv.out_features // 3
+    return LoRALinear(qkv, rank, {"q": (0, dim), "v": (2 * dim, 3 * dim)})
+
+
+def add_encoder_lora(encoder: ImageEncoder, rank: int, blocks: Sequence[int] | None = None) -> None:
+    """Puts LoRA on the q and v projections of the encoder's attention, in the given blocks or in all of them."""
+    chosen = range(len(encoder.blocks)) if blocks is None else blocks
+    absent = [i for i in chosen if not 0 <= i < len(encoder.blocks)]
+    if absent:
+        raise ValueError(f"the encoder has blocks 0 to {len(encoder.blocks) - 1}, not {absent}")
+    for i in chosen:
+        attention = encoder.blocks[i].attn
+        attention.qkv = lora_query_value(attention.qkv, rank)
+
+
+def add_projection_lora(attention: nn.Module, rank: int) -> None:
+    """Puts LoRA on the separate `q_proj` and `v_proj` of one of the mask decoder's attention layers."""
+    for name in ("q_proj", "v_proj"):
+        projection = getattr(attention, name)
+        setattr(attention, name, LoRALinear(projection, rank, {"out": (0, projection.out_features)}))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every adapted layer by its path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Merges every update into its layer: the same function with one product less, for inference."""
+    for layer in lora_layers(model).values():
+        layer.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Undoes `merge_lora` exactly."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+@contextmanager
+def lora_disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context the model computes as if it had never been adapted."""
+    layers = lora_layers(model).values()
+    before = [(layer, layer.enabled, layer.merged) for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled, layer.merged = False, None
+        yield
+    finally:
+        for layer, enabled, merged in before:
+            layer.enabled, layer.merged = enabled, merged
