@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from pgsam.models.base import SliceModel
 from pgsam.models.samed import SAMED, SAMED_S, build_samed
 from pgsam.sam.weights import load_sam
 
@@ -13,15 +12,15 @@ SYNAPSE_CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "live
 DEFAULT_MODULE = SAMED
 
 
-def _samed(**arguments: Any) -> nn.Module:
+def _samed(**arguments: Any) -> SliceModel:
     return build_samed(**arguments)
 
 
-def _samed_s(**arguments: Any) -> nn.Module:
+def _samed_s(**arguments: Any) -> SliceModel:
     return build_samed(decoder_lora=True, **arguments)
 
 
-BUILDERS: dict[str, Callable[..., nn.Module]] = {SAMED: _samed, SAMED_S: _samed_s}
+BUILDERS: dict[str, Callable[..., SliceModel]] = {SAMED: _samed, SAMED_S: _samed_s}
 
 
 def resolve_class_names(num_classes: int, class_names: Sequence[str] | None) -> tuple[str, ...]:
@@ -44,7 +43,7 @@ def build_model(
     class_names: Sequence[str] | None = None,
     verbose: bool = True,
     **options: Any,
-) -> nn.Module:
+) -> SliceModel:
     """A model of `module`, started from an official SAM file.
 
     Args:

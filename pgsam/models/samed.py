@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from segment_anything.modeling import MaskDecoder, PromptEncoder
+from segment_anything.modeling import MaskDecoder
 from torch import Tensor, nn
 
 from pgsam.decoding.class_tokens import decode_classes
 from pgsam.errors import UserError
+from pgsam.models.base import SliceModel
 from pgsam.sam.build import VITS, build_image_encoder, build_mask_decoder, build_prompt_encoder
-from pgsam.sam.image_encoder import ImageEncoder
 from pgsam.tuning.lora import LoRALinear, add_encoder_lora, add_projection_lora
 from pgsam.tuning.trainable import train_only
 
@@ -24,37 +24,10 @@ SAMED_S = "sam_lora_image_encoder_mask_decoder"
 _BLOCK_FACTORS = {"sa": "self_attn", "cti": "cross_attn_token_to_image", "cit": "cross_attn_image_to_token"}
 
 
-class SAMed(nn.Module):
-    """SAM's encoder, prompt encoder and decoder as a semantic segmenter; token 0 is the background.
+class SAMed(SliceModel):
+    """SAMed: the image's embedding, decoded for every class at once; no loss of SAMed trains `iou_predictions`."""
 
-    Args:
-        image_encoder: may carry LoRA.
-        prompt_encoder: of the encoder's grid; only its "no mask" embedding is used.
-        mask_decoder: with one mask token for the background and one a class.
-        class_names: foreground classes in label order.
-
-    Shape: `(B, 3, S, S)` in [0, 1] -> a dict of `low_res_logits` `(B, K + 1, S/4, S/4)`, `masks` `(B, K + 1, S, S)` (logits) and
-    `iou_predictions` `(B, K + 1)`, which no loss of SAMed trains.
-    """
-
-    def __init__(
-        self, image_encoder: ImageEncoder, prompt_encoder: PromptEncoder, mask_decoder: MaskDecoder, *, class_names: Sequence[str]
-    ) -> None:
-        super().__init__()
-        if mask_decoder.num_mask_tokens != len(class_names) + 1:
-            raise ValueError(f"{len(class_names)} classes need {len(class_names) + 1} mask tokens, not {mask_decoder.num_mask_tokens}")
-        self.image_encoder = image_encoder
-        self.prompt_encoder = prompt_encoder
-        self.mask_decoder = mask_decoder
-        self.class_names = tuple(class_names)
-
-    @property
-    def img_size(self) -> int:
-        """Side of the input in pixels."""
-        return self.image_encoder.img_size
-
-    def forward(self, images: Tensor, *, upscale: bool = True) -> dict[str, Tensor]:
-        """Segments a batch; without `upscale` the full-size `masks` are left out (a low-resolution loss has no use for them)."""
+    def forward(self, images: Tensor, *, upscale: bool = True) -> dict[str, Tensor]:  # noqa: D102
         embedding = self.image_encoder(images)
         low_res_logits, iou_predictions = decode_classes(self.prompt_encoder, self.mask_decoder, embedding)
         outputs = {"low_res_logits": low_res_logits, "iou_predictions": iou_predictions}
@@ -138,14 +111,14 @@ def describe_samed_state(state: Mapping[str, Tensor], source: str) -> SamedFile:
     return SamedFile(module, names[0], rank, state["mask_decoder.mask_tokens.weight"].shape[0] - 1, layers)
 
 
-def samed_key_map(model: SAMed) -> dict[str, str]:
+def samed_key_map(model: SliceModel) -> dict[str, str]:
     """Name in a published `.pth` -> name in `model`'s state dict, for every tensor that the file holds, in its order.
 
     The encoder's factors are numbered along the adapted blocks, q before v; everything of the prompt encoder and, but for what SAMed_s
     freezes, of the mask decoder keeps SAM's name.
     """
     keys: dict[str, str] = {}
-    adapted = [i for i, block in enumerate(model.image_encoder.blocks) if isinstance(block.attn.qkv, LoRALinear)]
+    adapted = [i for i, block in enumerate(model.image_encoder.blocks) if isinstance(block.get_submodule("attn.qkv"), LoRALinear)]
     for place, block in enumerate(adapted):
         for offset, part in enumerate("qv"):
             for factor in "ab":
@@ -168,7 +141,7 @@ def samed_key_map(model: SAMed) -> dict[str, str]:
     return keys
 
 
-def to_samed_state(model: SAMed) -> dict[str, Tensor]:
+def to_samed_state(model: SliceModel) -> dict[str, Tensor]:
     """The flat dict of SAMed's or SAMed_s's `.pth` (215 and 161 tensors for vit_b with 8 classes)."""
     keys = samed_key_map(model)
     if not any(key.startswith("w_a_") for key in keys):
@@ -177,7 +150,7 @@ def to_samed_state(model: SAMed) -> dict[str, Tensor]:
     return {theirs: state[ours].detach().cpu().clone() for theirs, ours in keys.items()}
 
 
-def from_samed_state(state: Mapping[str, Tensor], model: SAMed, source: str) -> dict[str, Tensor]:
+def from_samed_state(state: Mapping[str, Tensor], model: SliceModel, source: str) -> dict[str, Tensor]:
     """A published file's tensors under the names of `model`'s state dict.
 
     Raises:
@@ -188,7 +161,5 @@ def from_samed_state(state: Mapping[str, Tensor], model: SAMed, source: str) -> 
     misshapen = [k for k, ours in keys.items() if k in state and state[k].shape != target[ours].shape]
     for problem, names in (("absent", absent), ("unknown", unknown), ("of another shape", misshapen)):
         if names:
-            raise UserError(
-                f"{source}: expected the {len(keys)} tensors of a SAMed file, {len(names)} are {problem}: {', '.join(names[:5])}"
-            )
+            raise UserError(f"{source}: expected the {len(keys)} tensors of a SAMed file, {len(names)} are {problem}: {', '.join(names[:5])}")
     return {ours: state[theirs] for theirs, ours in keys.items()}

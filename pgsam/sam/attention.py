@@ -9,6 +9,9 @@ arXiv 2112.01526), with SAM's parameter names. It computes the same function in 
   the real tokens only and put that one row where SAM has padding; the output projection, too, sees real tokens only.
 """
 
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -33,6 +36,9 @@ class GridAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, grid: tuple[int, ...], *, window: int = 0, rel_pos: str = "separable") -> None:
         super().__init__()
+        self.gather: Tensor
+        self.scatter: Tensor
+        self.key_codes: Tensor
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
         if rel_pos not in ("separable", "sammed3d"):
@@ -134,23 +140,22 @@ def window_indices(grid: tuple[int, ...], sides: tuple[int, ...]) -> tuple[Tenso
         scatter: `(N,)`, for every token its place in the flat list of windows.
         num_windows: how many windows there are.
     """
+    # In numpy, so that a model can also be laid out on torch's meta device.
     counts = [-(-g // s) for g, s in zip(grid, sides, strict=True)]
-    tokens = int(torch.tensor(grid).prod())
-    index = torch.arange(tokens).view(grid)
-    padding = [edge for g, c, s in reversed(list(zip(grid, counts, sides, strict=True))) for edge in (0, c * s - g)]
-    index = F.pad(index, padding, value=tokens)
-    index = index.view([extent for c, s in zip(counts, sides, strict=True) for extent in (c, s)])
-    order = list(range(0, index.ndim, 2)) + list(range(1, index.ndim, 2))
-    gather = index.permute(order).flatten()
-    scatter = torch.empty(tokens, dtype=torch.long)
-    places = torch.arange(gather.numel())
+    tokens = math.prod(grid)
+    padding = [(0, c * s - g) for g, c, s in zip(grid, counts, sides, strict=True)]
+    index = np.pad(np.arange(tokens).reshape(grid), padding, constant_values=tokens)
+    index = index.reshape([extent for c, s in zip(counts, sides, strict=True) for extent in (c, s)])
+    order = [*range(0, index.ndim, 2), *range(1, index.ndim, 2)]
+    gather = index.transpose(order).ravel()
+    scatter = np.empty(tokens, dtype=np.int64)
     real = gather < tokens
-    scatter[gather[real]] = places[real]
-    return gather, scatter, int(torch.tensor(counts).prod())
+    scatter[gather[real]] = np.flatnonzero(real)
+    return torch.from_numpy(gather), torch.from_numpy(scatter), math.prod(counts)
 
 
 def one_hot_positions(sides: tuple[int, ...]) -> Tensor:
     """`(prod(sides), sum(sides))`: for every place of a window the one-hot codes of its coordinates, side by side."""
-    coordinates = torch.meshgrid(*[torch.arange(side) for side in sides], indexing="ij")
-    codes = [F.one_hot(c.flatten(), side) for c, side in zip(coordinates, sides, strict=True)]
-    return torch.cat(codes, dim=1).float()
+    coordinates = np.indices(sides).reshape(len(sides), -1)
+    codes = [np.eye(side, dtype=np.float32)[c] for c, side in zip(coordinates, sides, strict=True)]
+    return torch.from_numpy(np.concatenate(codes, axis=1))

@@ -32,6 +32,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int, parts: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
+        self.merged: Tensor | None
         if not 1 <= rank <= linear.in_features:
             raise ValueError(f"rank must lie between 1 and the layer's width {linear.in_features}, not {rank}")
         self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
@@ -39,9 +40,7 @@ class LoRALinear(nn.Module):
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias.requires_grad_(False) if linear.bias is not None else None
         self.lora_a = nn.ParameterDict({name: nn.Parameter(linear.weight.new_empty(rank, linear.in_features)) for name in self.parts})
-        self.lora_b = nn.ParameterDict(
-            {name: nn.Parameter(linear.weight.new_zeros(hi - lo, rank)) for name, (lo, hi) in self.parts.items()}
-        )
+        self.lora_b = nn.ParameterDict({name: nn.Parameter(linear.weight.new_zeros(hi - lo, rank)) for name, (lo, hi) in self.parts.items()})
         for factor in self.lora_a.values():
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
         self.register_buffer("merged", None, persistent=False)
@@ -103,8 +102,8 @@ def add_encoder_lora(encoder: ImageEncoder, rank: int, blocks: Sequence[int] | N
     if absent:
         raise ValueError(f"the encoder has blocks 0 to {len(encoder.blocks) - 1}, not {absent}")
     for i in chosen:
-        attention = encoder.blocks[i].attn
-        attention.qkv = lora_query_value(attention.qkv, rank)
+        attention: nn.Module = encoder.blocks[i].attn  # type: ignore[assignment]
+        attention.qkv = lora_query_value(attention.get_submodule("qkv"), rank)  # type: ignore[arg-type]
 
 
 def add_projection_lora(attention: nn.Module, rank: int) -> None:

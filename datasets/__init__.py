@@ -1,0 +1,1 @@
+"""Datasets: organ tables, slice and volume readers, augmentation, and a procedural phantom."""

@@ -1,0 +1,160 @@
+"""Training slices: TransUNet's `<case>_slice<ddd>.npz` (`image` in [0, 1], `label`, both [H, W]) as network inputs.
+
+Files are opened and closed for every sample, so that workers share nothing; nothing is ever unpickled. What a sample is depends on the seed, the
+epoch and its index only: the sampler hands the epoch to the dataset with the index, so the number of workers changes nothing.
+"""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from datasets.augment import Augmentation, samed_augmentation
+from datasets.layout import DataFolder
+from pgsam.errors import UserError
+from pgsam.resample import resize_cubic, resize_nearest
+
+IMAGE_RANGE = (-0.5, 1.5)  # cubic down-sampling may overshoot [0, 1]; raw Hounsfield units never fit in here
+KEYS = ("image", "label")
+
+
+def check_slice_header(path: Path, case: str) -> None:
+    """Checks a slice without reading its pixels: a whole npz with plain, 2-D `image` and `label` of one shape.
+
+    Raises:
+        UserError: it is not; file and case are named.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: {case} is in the list but has no file; run the preprocessing again or correct the list")
+    shapes = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for key in KEYS:
+                if f"{key}.npy" not in archive.namelist():
+                    raise UserError(f"{path} ({case}): expected the keys image and label, found {', '.join(archive.namelist()) or 'none'}")
+                with archive.open(f"{key}.npy") as member:
+                    shapes[key], dtype = _npy_header(member)
+                if dtype.hasobject:
+                    raise UserError(f"{path} ({case}): expected numbers in {key}, found pickled objects, which are never loaded; save it again")
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} ({case}): expected an npz file, found a damaged or truncated one ({error}); make it again") from error
+    check_shapes(path, case, shapes["image"], shapes["label"], 2)
+
+
+def _npy_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(member)
+    return shape, dtype
+
+
+def check_shapes(path: Path, case: str, image: tuple[int, ...], label: tuple[int, ...], ndim: int) -> None:
+    """Raises a UserError unless image and label have the same `ndim` axes, none of them empty."""
+    if image != label or len(image) != ndim or 0 in image:
+        axes = {2: "[H, W]", 3: "[D, H, W]"}[ndim]
+        raise UserError(f"{path} ({case}): expected image and label {axes} of one shape, found {list(image)} and {list(label)}")
+
+
+def check_values(path: Path, case: str, image: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:
+    """Checks what was read and gives the label back as uint8.
+
+    Raises:
+        UserError: NaN or infinity, an image that is not scaled to [0, 1], labels that are not whole numbers in 0 .. num_classes.
+    """
+    lo, hi = float(image.min()), float(image.max())
+    if not (np.isfinite(lo) and np.isfinite(hi)):
+        raise UserError(f"{path} ({case}): expected finite pixels, found {'NaN' if np.isnan(lo + hi) else 'infinity'}; repair or remove it")
+    if lo < IMAGE_RANGE[0] or hi > IMAGE_RANGE[1]:
+        raise UserError(f"{path} ({case}): expected [0, 1]; raw HU? found values from {lo:g} to {hi:g}; scale the window first (preprocess/)")
+    low, high = float(label.min()), float(label.max())
+    if not (low >= 0 and high <= num_classes):  # NaN fails too
+        raise UserError(f"{path} ({case}): expected labels 0 to {num_classes} (--num_classes), found {low:g} to {high:g}; map them first")
+    whole = label.astype(np.uint8)
+    if label.dtype.kind == "f" and not np.array_equal(whole, label):
+        raise UserError(f"{path} ({case}): expected whole numbers as labels, found fractions; was the label interpolated?")
+    return whole
+
+
+def read_slice(path: Path, case: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image (float32) and label (uint8) of a slice, both [H, W]; a UserError names file and case if either is not valid."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            image, label = (archive[key] for key in KEYS)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, EOFError, OSError, KeyError) as error:
+        raise UserError(f"{path} ({case}): expected an npz with image and label, found a damaged one ({error}); make it again") from error
+    check_shapes(path, case, image.shape, label.shape, 2)
+    return image.astype(np.float32, copy=False), check_values(path, case, image, label, num_classes)
+
+
+class SliceDataset(Dataset):
+    """Augmented training slices.
+
+    Args:
+        folder: the npz files and their list; every header is checked here, before any training.
+        num_classes: foreground classes; a higher label is an error.
+        img_size: side of the network's input.
+        input_size: every slice is brought to this size first (as in SAMed, whose files are 224 x 224), augmented, then brought to `img_size`.
+        seed: with epoch and index, determines the augmentation.
+        augment: what to do to a slice at `input_size`.
+
+    An item, by `(epoch, index)`: `image` (1, S, S) float32, `label` (S, S) and `low_res_label` (S/4, S/4) uint8, and `case`, the slice's name.
+    """
+
+    def __init__(
+        self,
+        folder: DataFolder,
+        *,
+        num_classes: int,
+        img_size: int,
+        input_size: int,
+        seed: int = 1234,
+        augment: Augmentation = samed_augmentation,
+    ) -> None:
+        self.folder = folder
+        self.names = folder.names
+        self.paths = [folder.files / f"{name}.npz" for name in self.names]
+        self.num_classes, self.img_size, self.input_size, self.seed, self.augment = num_classes, img_size, input_size, seed, augment
+        for name, path in zip(self.names, self.paths, strict=True):
+            check_slice_header(path, name)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        name = self.names[index]
+        image, label = read_slice(self.paths[index], name, self.num_classes)
+        size = (self.input_size, self.input_size)
+        image, label = self.augment(resize_cubic(image, size), resize_nearest(label, size), np.random.default_rng((self.seed, epoch, index)))
+        size = (self.img_size, self.img_size)
+        image, label = resize_cubic(np.ascontiguousarray(image), size), resize_nearest(np.ascontiguousarray(label), size)
+        low_res_label = resize_nearest(label, (self.img_size // 4, self.img_size // 4))
+        return {
+            "image": torch.from_numpy(image)[None],
+            "label": torch.from_numpy(label),
+            "low_res_label": torch.from_numpy(low_res_label),
+            "case": name,
+        }
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Every index once an epoch in an order that depends on seed and epoch only; yields `(epoch, index)`."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.epoch
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        return iter([(epoch, int(index)) for index in order])

@@ -1,0 +1,88 @@
+"""Test volumes: TransUNet's `<case>.npy.h5` (`image` in [0, 1], `label`, both [D, H, W]), with the geometry that our preprocessing adds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from datasets.layout import DataFolder
+from datasets.slices import KEYS, check_shapes, check_values
+from pgsam.errors import UserError
+from pgsam.volume_io import Volume, from_attributes, reorient
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One test case: `image` float32 and `label` uint8, both [D, H, W] in the stored orientation.
+
+    `geometry` is None for files that do not tell; `source_orientation` is that of the scan the file was made from.
+    """
+
+    name: str
+    image: np.ndarray
+    label: np.ndarray
+    geometry: Volume | None
+    source_orientation: str | None
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float] | None:
+        """Voxel edge lengths, array order."""
+        return self.geometry.spacing_mm if self.geometry is not None else None
+
+    @property
+    def orientation(self) -> str | None:
+        """nibabel's axis codes of the stored (W, H, D) array, None where no geometry is known."""
+        return self.geometry.orientation if self.geometry is not None else None
+
+    def on_source_grid(self, array: np.ndarray) -> Volume:
+        """`array` [D, H, W] as a volume on the grid of the original scan; where no geometry is known, unit spacing at the origin."""
+        if self.geometry is None:
+            return Volume(array, _unit_affine())
+        volume = Volume(array, self.geometry.affine)
+        return reorient(volume, self.source_orientation) if self.source_orientation else volume
+
+
+def _unit_affine() -> np.ndarray:
+    affine = np.zeros((4, 4))
+    affine[[2, 1, 0, 3], [0, 1, 2, 3]] = 1  # d -> z, h -> y, w -> x
+    return affine
+
+
+def case_path(folder: DataFolder, name: str) -> Path:
+    """Where the volume of a case lies."""
+    return folder.files / f"{name}.npy.h5"
+
+
+def check_case_header(path: Path, name: str) -> tuple[int, ...]:
+    """Checks a volume without reading its voxels and returns its shape [D, H, W]; a UserError names file and case."""
+    if not path.is_file():
+        raise UserError(f"{path}: {name} is in the list but has no file; run the preprocessing again or correct the list")
+    try:
+        with h5py.File(path, "r") as file:
+            missing = [key for key in KEYS if not isinstance(file.get(key), h5py.Dataset)]
+            if missing:
+                raise UserError(f"{path} ({name}): expected the datasets image and label, found {', '.join(file) or 'none'}")
+            for key in KEYS:
+                if file[key].dtype.kind not in "fiub":
+                    raise UserError(f"{path} ({name}): expected numbers in {key}, found {file[key].dtype}; save it again")
+            shapes = [file[key].shape for key in KEYS]
+    except OSError as error:
+        raise UserError(f"{path} ({name}): expected an h5 file, found a damaged or truncated one ({error}); make it again") from error
+    check_shapes(path, name, shapes[0], shapes[1], 3)
+    return shapes[0]
+
+
+def read_case(path: Path, name: str, num_classes: int) -> Case:
+    """Reads and checks a volume; a UserError names file and case if it is not valid."""
+    check_case_header(path, name)
+    try:
+        with h5py.File(path, "r") as file:
+            image, label = (file[key][()] for key in KEYS)
+            attributes = dict(file.attrs)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} ({name}): expected an h5 file, found a damaged one ({error}); make it again") from error
+    label = check_values(path, name, image, label, num_classes)
+    image = image.astype(np.float32, copy=False)
+    source = attributes.get("source_orientation")
+    return Case(name, image, label, from_attributes(attributes, image, str(path)), str(source) if source is not None else None)

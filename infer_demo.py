@@ -1,0 +1,156 @@
+"""Segments a scan, or the bundled phantom with the bundled weights.
+
+    python infer_demo.py                                            # the bundled case: DSC and HD95 against its reference, pictures in demo_output/
+    python infer_demo.py -i scan.nii.gz -o out/                     # out/<scan>_seg.nii.gz on the scan's own grid, and out/<scan>.png
+    python infer_demo.py -i scan.nii.gz -o out/ --checkpoint runs/samed/final.safetensors --ckpt sam_vit_b_01ec64.pth
+
+The bundled weights were trained on procedural phantoms: they show that the program works, and are good for nothing else. Intensity window,
+orientation, sizes and organ names come from the checkpoint. Not a medical device.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pgsam.errors import UserError, reports_user_errors
+
+HERE = Path(__file__).resolve().parent
+DEMO_CHECKPOINT = HERE / "checkpoints" / "demo.safetensors"
+DEMO_CASE = HERE / "checkpoints" / "demo_case.npy.h5"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of infer_demo.py."""
+    from pgsam.engine.device import DEVICES
+    from pgsam.engine.flags import Parser
+    from pgsam.models import BUILDERS
+    from pgsam.sam.build import VITS
+
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--config", metavar="FILE.json", help="flags as JSON; the command line goes before it")
+    add("-i", "--input", type=Path, help="scan, .nii or .nii.gz (default: the bundled phantom)")
+    add("-o", "--output", type=Path, default=Path("demo_output"), help="folder of the results (default %(default)s)")
+    add(
+        "--checkpoint",
+        "--lora_ckpt",
+        type=Path,
+        default=DEMO_CHECKPOINT,
+        help="release file of ours, or SAMed's .pth (default: the bundled)",
+    )
+    add("--ckpt", help="official SAM file (default checkpoints/<Meta's name>), read only if the checkpoint needs it")
+    add("--allow_other_base", action="store_true", help="accept a SAM file with another sha256 than in training")
+    add("--module", choices=list(BUILDERS), help="must be the checkpoint's")
+    add("--vit_name", choices=list(VITS), help="must be the checkpoint's")
+    add("--rank", type=int, help="must be the checkpoint's")
+    add("--num_classes", type=int, help="must be the checkpoint's")
+    add("--img_size", type=int, help="must be the checkpoint's; SAMed's files do not say theirs (default 512)")
+    add("--input_size", type=int, help="must be the checkpoint's; SAMed's files do not say theirs (default 224)")
+    add("--batch_size", type=int, help="slices at a time (default: by image size and device)")
+    add("--device", default="auto", choices=DEVICES, help="(default %(default)s)")
+    return parser
+
+
+@reports_user_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; 0 on success, 2 after an error of the user's."""
+    from pgsam.engine.device import pick_device
+    from pgsam.engine.flags import check_img_size, open_model, parse, require_at_least
+
+    args = parse(build_parser(), argv)  # type: ignore[arg-type]
+    require_at_least(args, rank=1, num_classes=1, input_size=16, batch_size=1)
+    if args.img_size is not None:
+        check_img_size(args.img_size)
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"{args.output}: expected a folder for the results, found a file; give another -o")
+    if args.input is None:
+        run_bundled_case(open_model(args, pick_device(args.device)), args)
+    else:
+        from pgsam.volume_io import read_volume
+
+        scan = read_volume(args.input)
+        segment_file(open_model(args, pick_device(args.device)), scan, args)
+    return 0
+
+
+def run_bundled_case(model, args: argparse.Namespace) -> None:
+    """Segments the bundled phantom, prints its scores, writes a picture and the prediction."""
+    from datasets.volumes import read_case
+    from pgsam.engine.predict import segment_slices
+    from pgsam.metrics import class_metrics, format_table, summarise
+    from pgsam.volume_io import write_volume
+
+    card = model.card
+    case = read_case(DEMO_CASE, "demo_case", card.num_classes)
+    started = time.perf_counter()
+    with progress_bar(len(case.image)) as bar:
+        labels = segment_slices(model, case.image, input_size=card.input_size, batch_size=args.batch_size, progress=bar.update)
+    seconds = time.perf_counter() - started
+    raw = class_metrics(labels, case.label, card.num_classes, case.spacing_mm)
+    table = {"demo_case": {name: raw[i + 1] for i, name in enumerate(card.class_names)}}
+    print(format_table(summarise(table, card.class_names, "strict"), "strict"))
+    print(f"{len(case.image)} slices in {seconds:.1f} s; a procedural phantom, not a patient")
+    args.output.mkdir(parents=True, exist_ok=True)
+    maps = [("reference", case.label), ("prediction", labels)]
+    save_picture(args.output / "demo_case.png", case.image, maps, card, case.orientation or card.orientation, case.spacing_mm)
+    volume = case.on_source_grid(labels)
+    write_volume(args.output / "demo_case_seg.nii.gz", volume.array, volume)
+    print(f"wrote {args.output / 'demo_case.png'} and {args.output / 'demo_case_seg.nii.gz'}")
+
+
+def segment_file(model, scan, args: argparse.Namespace) -> None:
+    """Segments one scan and writes labels, picture and run.json."""
+    import numpy as np
+
+    from pgsam.engine.device import environment
+    from pgsam.engine.predict import segment_scan
+    from pgsam.sam.weights import sha256_of
+    from pgsam.volume_io import Volume, reorient, write_volume
+
+    card = model.card
+    started = time.perf_counter()
+    with progress_bar(scan.array.shape[0]) as bar:
+        labels, image = segment_scan(model, scan, card, batch_size=args.batch_size, progress=bar.update)
+    seconds = time.perf_counter() - started
+    name = args.input.name.removesuffix(".gz").removesuffix(".nii")
+    args.output.mkdir(parents=True, exist_ok=True)
+    target = args.output / f"{name}_seg.nii.gz"
+    write_volume(target, labels.array, labels)
+    turned = reorient(Volume(labels.array, scan.affine), card.orientation).array
+    save_picture(args.output / f"{name}.png", image.array, [("prediction", turned)], card, image.orientation, image.spacing_mm)
+    run = {
+        **environment(next(model.parameters()).device),
+        "seconds": round(seconds, 3),
+        "input": args.input.name,
+        "input_sha256": sha256_of(args.input),
+        "checkpoint": args.checkpoint.name,
+        "checkpoint_sha256": sha256_of(args.checkpoint),
+    }
+    (args.output / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    ml = float(np.prod(scan.spacing_mm)) / 1000
+    for i, organ in enumerate(card.class_names):
+        print(f"{organ:16s} {np.count_nonzero(labels.array == i + 1) * ml:9.1f} ml")
+    print(f"{len(image.array)} slices in {seconds:.1f} s; wrote {target} and {args.output / f'{name}.png'}")
+
+
+def progress_bar(total: int):
+    """A bar on a terminal, nothing elsewhere."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="segmenting", unit="slice", disable=None)
+
+
+def save_picture(path: Path, image, maps, card, orientation: str, spacing_mm) -> None:
+    """Writes the montage of one case."""
+    from datasets.labels import colour_of
+    from pgsam.overlay import save_png, show_case
+
+    colours = [colour_of(name, i) for i, name in enumerate(card.class_names)]
+    save_png(show_case(image, maps, card.class_names, colours, orientation=orientation, spacing_mm=spacing_mm), path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training, evaluation, prediction, and what they write to disk."""

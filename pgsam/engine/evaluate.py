@@ -1,0 +1,184 @@
+"""Testing on volumes: predictions, both metric protocols, and the results folder.
+
+Everything is computed into a hidden folder beside the results and moved into place once all cases have passed, so that a results folder is
+either complete or absent.
+"""
+
+import csv
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from datasets.labels import colour_of
+from datasets.layout import DataFolder
+from datasets.volumes import Case, case_path, read_case
+from pgsam.engine.predict import segment_slices
+from pgsam.errors import UserError
+from pgsam.metrics import class_metrics, format_table, summarise
+from pgsam.models.base import SliceModel
+from pgsam.models.card import ModelCard
+from pgsam.overlay import save_png, show_case
+from pgsam.volume_io import write_volume
+
+PROTOCOLS = ("strict", "transunet")
+RESULTS = ("metrics.json", "metrics.csv", "test_log", "predictions", "overlays")
+
+
+@contextmanager
+def results_folder(output_dir: str | Path) -> Iterator[Path]:
+    """Gives a folder to write into, whose content moves to `output_dir` at the end; after an error nothing is left behind.
+
+    Raises:
+        UserError: `output_dir` already holds results, or cannot be made.
+    """
+    output_dir = Path(output_dir)
+    taken = [name for name in RESULTS if (output_dir / name).exists()]
+    if taken:
+        raise UserError(f"{output_dir}: holds results already ({', '.join(taken)}); give another --output_dir or remove them")
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output_dir))
+    except OSError as error:
+        raise UserError(f"{output_dir}: cannot be written ({error}); give another --output_dir") from error
+    try:
+        yield staging
+        for entry in sorted(staging.iterdir()):
+            entry.rename(output_dir / entry.name)
+    except BaseException:
+        shutil.rmtree(staging)
+        for folder in made:  # only what this call made, and only while it is empty
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+    staging.rmdir()
+
+
+class TestLog:
+    """Lines with SAMed's time stamp, on stdout and in a file."""
+
+    __test__ = False
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def __call__(self, message: str) -> None:  # noqa: D102
+        print(message)
+        stamp = datetime.now().strftime("%H:%M:%S.%f")[:-3]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(f"[{stamp}] {line}\n" for line in message.splitlines())
+
+
+def evaluate(
+    model: SliceModel,
+    card: ModelCard,
+    folder: DataFolder,
+    output_dir: str | Path,
+    *,
+    settings: Mapping[str, Any],
+    batch_size: int | None = None,
+    save_nifti: bool = False,
+    run: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Tests `model` on every volume of `folder` and writes the results folder.
+
+    Args:
+        model: in evaluation mode.
+        card: the model's; gives class names and slice sizes.
+        folder: volumes and their list.
+        output_dir: see `results_folder`.
+        settings: goes into `metrics.json` as it is.
+        batch_size: slices at a time.
+        save_nifti: also write `predictions/<case>_{pred,img,gt}.nii.gz` on the grid of the original scan.
+        run: goes into `settings.run` with the timings.
+
+    Returns:
+        The content of `metrics.json`: `settings`, `cases` and `summary` (design section 3), undefined values as None.
+    """
+    with results_folder(output_dir) as staging:
+        log = TestLog(staging / "test_log" / "log.txt")
+        started = time.perf_counter()
+        cases: dict[str, dict[str, dict[str, float | None]]] = {}
+        for index, name in enumerate(folder.names):
+            case = read_case(case_path(folder, name), name, card.num_classes)
+            with tqdm(total=len(case.image), desc=name, unit="slice", leave=False, disable=None) as bar:
+                labels = segment_slices(model, case.image, input_size=card.input_size, batch_size=batch_size, progress=bar.update)
+            raw = class_metrics(labels, case.label, card.num_classes, case.spacing_mm)
+            cases[name] = {organ: {k: _jsonable(v) for k, v in raw[i + 1].items()} for i, organ in enumerate(card.class_names)}
+            one = summarise({name: cases[name]}, card.class_names, "transunet", n_resamples=0)["mean"]
+            log(f"idx {index} case {name} mean_dice {one['dsc']['mean']:f} mean_hd95 {one['hd95_vox']['mean']:f}")
+            _save_pictures(staging, case, labels, card)
+            if save_nifti:
+                _save_nifti(staging, case, labels)
+        summary = {protocol: summarise(cases, card.class_names, protocol) for protocol in PROTOCOLS}
+        seconds = time.perf_counter() - started
+        _log_summary(log, summary, card.class_names)
+        results = {
+            "settings": {**settings, "model": asdict(card), "run": {**(run or {}), "seconds": round(seconds, 3)}},
+            "cases": cases,
+            "summary": summary,
+        }
+        (staging / "metrics.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        _write_csv(staging / "metrics.csv", cases)
+        log("Testing Finished!")
+    return results
+
+
+def _jsonable(value: float) -> float | int | None:
+    """Undefined is null in JSON."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _log_summary(log: TestLog, summary: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    published = summary["transunet"]
+    for i, organ in enumerate(class_names):
+        row = published["organs"][organ]
+        log(f"Mean class {i + 1} name {organ} mean_dice {row['dsc']['mean']:f} mean_hd95 {row['hd95_vox']['mean']:f}")
+    for protocol in PROTOCOLS:
+        log(format_table(summary[protocol], protocol))
+    mean = published["mean"]
+    log(f"Testing performance (transunet protocol, voxels): mean_dice : {mean['dsc']['mean']:f} mean_hd95 : {mean['hd95_vox']['mean']:f}")
+
+
+def _write_csv(path: Path, cases: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> None:
+    """A row a case and organ; undefined is an empty field."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer: csv.DictWriter | None = None
+        for case, organs in cases.items():
+            for organ, values in organs.items():
+                if writer is None:
+                    writer = csv.DictWriter(file, ["case", "organ", *values])
+                    writer.writeheader()
+                writer.writerow({"case": case, "organ": organ, **{k: "" if v is None else v for k, v in values.items()}})
+
+
+def _save_pictures(staging: Path, case: Case, labels: np.ndarray, card: ModelCard) -> None:
+    (staging / "overlays").mkdir(exist_ok=True)
+    picture = show_case(
+        case.image,
+        [("reference", case.label), ("prediction", labels)],
+        card.class_names,
+        [colour_of(name, i) for i, name in enumerate(card.class_names)],
+        orientation=case.orientation or card.orientation,
+        spacing_mm=case.spacing_mm,
+    )
+    save_png(picture, staging / "overlays" / f"{case.name}.png")
+
+
+def _save_nifti(staging: Path, case: Case, labels: np.ndarray) -> None:
+    (staging / "predictions").mkdir(exist_ok=True)
+    for suffix, array in (("pred", labels), ("img", case.image), ("gt", case.label)):
+        volume = case.on_source_grid(array)
+        write_volume(staging / "predictions" / f"{case.name}_{suffix}.nii.gz", volume.array, volume)

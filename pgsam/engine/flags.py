@@ -1,0 +1,126 @@
+"""What the command-line programs share: a parser whose errors are one line, a config file under the command line, checks of common flags."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from pgsam.engine.checkpoint import load_model, read_card
+from pgsam.engine.device import REPOSITORY
+from pgsam.errors import UserError
+from pgsam.models.base import SliceModel
+from pgsam.sam.build import VITS
+from pgsam.sam.weights import OFFICIAL_FILES
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises a `UserError` instead of printing its usage and exiting, and never guesses abbreviated flags."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `message` as a UserError."""
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses `argv` over the values of `--config FILE.json`, if that is given: flag names without dashes as keys."""
+    finder = Parser(None)
+    finder.add_argument("--config", type=Path)
+    config = finder.parse_known_args([a for a in argv] if argv is not None else None)[0].config
+    if config is not None:
+        _apply_config(parser, config)
+    return parser.parse_args(argv)
+
+
+def _apply_config(parser: Parser, path: Path) -> None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected a JSON object of flags for --config, found none ({error})") from error
+    actions = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
+    unknown = [name for name in values if name not in actions] if isinstance(values, dict) else ["(not an object)"]
+    if unknown:
+        raise UserError(f"{path}: expected flags of this program, found {', '.join(unknown)}; see --help")
+    for name, value in values.items():
+        action = actions[name]
+        if action.type is not None and value is not None:
+            try:
+                value = parser._get_value(action, str(value))  # type: ignore[attr-defined]
+            except argparse.ArgumentError as error:
+                raise UserError(f"{path}: {name}: {error.message}") from error
+        elif action.nargs == 0 and not isinstance(value, bool):
+            raise UserError(f"{path}: {name}: expected true or false, found {value!r}")
+        if action.choices is not None and value not in action.choices:
+            raise UserError(f"{path}: {name}: expected one of {', '.join(map(str, action.choices))}, found {value!r}")
+        parser.set_defaults(**{action.dest: value})
+        action.required = False
+
+
+def add_deterministic(parser: argparse.ArgumentParser) -> None:
+    """`--deterministic [0|1]`; bare means 1."""
+    parser.add_argument(
+        "--deterministic",
+        type=int,
+        choices=(0, 1),
+        nargs="?",
+        const=1,
+        default=1,
+        help="deterministic kernels where they exist (default 1)",
+    )
+
+
+def require_at_least(args: argparse.Namespace, **minima: float) -> None:
+    """Raises a UserError for a flag below its minimum; flags that are None are not looked at."""
+    for name, minimum in minima.items():
+        value = getattr(args, name)
+        if value is not None and not value >= minimum:
+            raise UserError(f"--{name} {value}: expected at least {minimum}")
+
+
+def check_img_size(img_size: int, flag: str = "--img_size") -> None:
+    """Raises a UserError unless the size is a positive multiple of the patch side."""
+    if img_size <= 0 or img_size % 16:
+        near = max(16, img_size // 16 * 16)
+        raise UserError(f"{flag} {img_size}: expected a multiple of 16 (the patch side), such as {near} or {near + 16}")
+
+
+def resolve_ckpt(ckpt: str | None, vit_name: str) -> Path | None:
+    """The SAM file of `--ckpt`; by default Meta's file name for the ViT in `checkpoints/`, of the working folder or of the checkout.
+
+    `none` (a random start) gives None.
+    """
+    if ckpt is not None:
+        return None if ckpt.lower() == "none" else Path(ckpt)
+    if vit_name not in OFFICIAL_FILES:
+        raise UserError(f"--vit_name {vit_name}: there is no SAM file of it; give --ckpt none for a random start, or one of {', '.join(VITS)}")
+    default = Path("checkpoints") / OFFICIAL_FILES[vit_name]
+    return default if default.is_file() or not (REPOSITORY / default).is_file() else REPOSITORY / default
+
+
+def open_model(args: argparse.Namespace, device: torch.device) -> SliceModel:
+    """The model of `--checkpoint` and `--ckpt`; other flags on the model must not contradict the file.
+
+    Raises:
+        UserError: as `load_model`, or a flag was given and differs from what the file says.
+    """
+    path: Path = args.checkpoint
+    card = read_card(path)
+    samed = path.suffix != ".safetensors"  # SAMed's files say nothing of sizes: there the flags choose them
+    sizes = ("img_size", "input_size")
+    for name in ("module", "vit_name", "rank", "num_classes", *(() if samed else sizes)):
+        given, stored = getattr(args, name), getattr(card, name)
+        if given is not None and given != stored:
+            raise UserError(f"--{name} {given}: {path} was trained with {stored}; leave the flag out or give another checkpoint")
+    ckpt = resolve_ckpt(args.ckpt, card.vit_name) if samed or card.sam_sha256 else None
+    chosen = {name: getattr(args, name) for name in sizes}
+    return load_model(path, ckpt=ckpt, device=str(device), allow_other_base=args.allow_other_base, **chosen)
+
+
+def jsonable(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as they go into JSON files."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(vars(args).items())}

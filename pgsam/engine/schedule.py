@@ -1,0 +1,22 @@
+"""The learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+
+
+def learning_rate(step: int, *, base_lr: float, total_steps: int, warmup_steps: int = 0, power: float = 0.9) -> float:
+    """SAMed's rate for the optimiser step number `step` (from 0): linear warm-up, then polynomial decay.
+
+    As published, the rate is set *after* each step from that step's number, so steps 0 and 1 share the first value, and the decay counts from
+    the end of the warm-up but is scaled by all steps, so it does not reach 0.
+
+    Args:
+        step: number of the optimiser step, from 0.
+        base_lr: rate at the end of the warm-up.
+        total_steps: length of the schedule (`max_epochs` times steps an epoch), whether or not training stops before.
+        warmup_steps: length of the warm-up, 0 for none.
+        power: exponent of the decay.
+    """
+    before = max(step - 1, 0)
+    if before < warmup_steps:
+        return base_lr * (before + 1) / warmup_steps
+    if step == 0:
+        return base_lr
+    return base_lr * (1.0 - min(before - warmup_steps, total_steps) / total_steps) ** power

@@ -1,0 +1,43 @@
+"""What every model that segments slices by classes has, whatever its paper."""
+
+from collections.abc import Sequence
+
+from segment_anything.modeling import MaskDecoder, PromptEncoder
+from torch import Tensor, nn
+
+from pgsam.models.card import ModelCard
+from pgsam.sam.image_encoder import ImageEncoder
+
+
+class SliceModel(nn.Module):
+    """SAM's three parts as a semantic segmenter of slices; token 0 of the decoder is the background.
+
+    Args:
+        image_encoder: SAM's keys, possibly tuned.
+        prompt_encoder: of the encoder's grid.
+        mask_decoder: with one mask token for the background and one a class.
+        class_names: foreground classes in label order.
+
+    Shape: `(B, 3, S, S)` in [0, 1] -> a dict with at least `low_res_logits` `(B, K + 1, S/4, S/4)`, `masks` `(B, K + 1, S, S)` (logits)
+    and `iou_predictions` `(B, K + 1)`.
+    """
+
+    card: ModelCard  # set by `load_model`
+
+    def __init__(self, image_encoder: ImageEncoder, prompt_encoder: PromptEncoder, mask_decoder: MaskDecoder, *, class_names: Sequence[str]) -> None:
+        super().__init__()
+        if mask_decoder.num_mask_tokens != len(class_names) + 1:
+            raise ValueError(f"{len(class_names)} classes need {len(class_names) + 1} mask tokens, not {mask_decoder.num_mask_tokens}")
+        self.image_encoder = image_encoder
+        self.prompt_encoder = prompt_encoder
+        self.mask_decoder = mask_decoder
+        self.class_names = tuple(class_names)
+
+    @property
+    def img_size(self) -> int:
+        """Side of the input in pixels."""
+        return self.image_encoder.img_size
+
+    def forward(self, images: Tensor, *, upscale: bool = True) -> dict[str, Tensor]:
+        """Segments a batch; without `upscale` the full-size `masks` are left out (a low-resolution loss has no use for them)."""
+        raise TypeError(f"{type(self).__name__} has no forward of its own")

@@ -1,0 +1,1 @@
+"""From raw scans to training slices and test volumes."""

@@ -1,0 +1,360 @@
+"""What the preprocessing scripts share: cases in, training slices, test volumes, lists and a manifest out; parallel and resumable.
+
+Layout of the output O (TransUNet's, plus the manifest):
+
+    O/train_npz/{case}_slice{ddd}.npz   image [H, W] in [0, 1] and label [H, W], float32; geometry and source as further entries
+    O/test_vol_h5/{case}.npy.h5         image and label [D, H, W], float32; geometry and source as attributes
+    O/lists/train.txt, test_vol.txt     {case}_slice{ddd} and {case} lines
+    O/manifest.json                     classes, settings, and for every finished case what it was made from
+
+A case is skipped when its files are there and the manifest says they were made from the same files with the same settings. Files appear
+complete or not at all, a case enters the manifest after its last file, and the lists are written when all cases are done. Cases that are
+no longer asked for leave the manifest and the lists; their files stay on the disk.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from datasets.labels import LabelMap
+from pgsam.errors import UserError
+from pgsam.volume_io import (
+    Volume,
+    check_orientation,
+    corner_distance_mm,
+    intensity_window,
+    read_volume,
+    reorient,
+    replacing,
+    scale_to_window,
+    take_slice,
+    to_attributes,
+)
+
+MANIFEST_FORMAT = 1
+SPLITS = ("train", "test")
+_GRID_TOLERANCE_MM = 1e-2
+_TRAIN, _TEST, _LISTS = "train_npz", "test_vol_h5", "lists"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image and its label map, the name of their outputs, the split ("train" or "test") and whose scan it is."""
+
+    name: str
+    split: str
+    patient: str
+    image: Path
+    label: Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is done to every case.
+
+    Args:
+        source_root: folder to which the manifest's paths are relative.
+        label_map: source labels -> classes.
+        image_kind, window: as `pgsam.volume_io.scale_intensity`; None for percentiles.
+        orientation: axis codes that image and label are brought to; None keeps the order of the files.
+        trim_classes: drop the classes above the highest one that occurs, for a label map made without knowing the labels.
+    """
+
+    source_root: Path
+    label_map: LabelMap
+    image_kind: str = "ct_window"
+    window: tuple[float, float] | None = None
+    orientation: str | None = None
+    trim_classes: bool = False
+
+
+def preprocess(cases: Sequence[Case], settings: Settings, output: Path, *, num_workers: int = 0, overwrite: bool = False) -> dict[str, Any]:
+    """Makes the outputs of all cases that are not up to date and returns the manifest; the lists follow the order of `cases`.
+
+    Args:
+        num_workers: processes; 0 and 1 work in this one.
+        overwrite: make every case again, also over files that these scripts did not write.
+
+    Raises:
+        UserError: the cases contradict each other (before any work), or a case is bad (the finished ones stay).
+    """
+    check_cases(cases)
+    if settings.orientation is not None:
+        check_orientation(settings.orientation)
+    if settings.image_kind == "ct_window":
+        intensity_window(np.zeros(1), settings.image_kind, settings.window)
+    finished = _finished_cases(cases, settings, output, overwrite)
+    todo = [case for case in cases if case.name not in finished]
+    for folder in (_TRAIN, _TEST, _LISTS):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    if todo:  # until all are done, nothing may train on a part
+        for name in ("train.txt", "test_vol.txt"):
+            (output / _LISTS / name).unlink(missing_ok=True)
+        _write_manifest(cases, finished, settings, output)
+    with tqdm(total=len(cases), initial=len(cases) - len(todo), unit="case", desc=output.name) as progress:
+        for name, entry in _run(todo, settings, output, num_workers):
+            finished[name] = entry
+            _write_manifest(cases, finished, settings, output)
+            progress.update()
+    manifest = _write_manifest(cases, finished, settings, output)
+    if not manifest["num_classes"]:
+        raise UserError(f"{output}: expected labels in at least one case, found only background; check the label files")
+    _write_lists(cases, finished, output)
+    return manifest
+
+
+def summary(manifest: dict[str, Any], output: Path) -> str:
+    """Two lines for the end of a script: what is there now, and a warning where slices of different orientations stand side by side."""
+    entries = manifest["cases"].values()
+    slices = sum(entry["n_slices"] for entry in entries if entry["split"] == "train")
+    volumes = sum(entry["split"] == "test" for entry in entries)
+    found = {entry["orientation"] for entry in entries}
+    lines = [f"{output}: {slices} training slices of {len(manifest['cases']) - volumes} cases, {volumes} test volumes, "]
+    lines[0] += f"{manifest['num_classes']} classes, orientation {', '.join(sorted(found))}"
+    if len(found) > 1:
+        lines.append("warning: the cases differ in orientation, so their slices are not alike; preprocess/nifti.py brings them to one")
+    return "\n".join(lines)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that both scripts have."""
+    workers = min(8, os.cpu_count() or 1)
+    parser.add_argument("--num_workers", type=int, default=workers, help="processes, 0 or 1 for none of its own (default %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="make every case again, also over files that others have made")
+
+
+def check_cases(cases: Sequence[Case]) -> None:
+    """Refuses lists that cannot be worked on, or that would put one patient into training and test.
+
+    Raises:
+        UserError: no cases, a bad or repeated name, an unknown split, an absent file, one image used twice, a patient in both splits.
+    """
+    if not cases:
+        raise UserError("expected at least one case, found none")
+    absent = [f"{path} (case {case.name})" for case in cases for path in (case.image, case.label) if not path.is_file()]
+    if absent:
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        raise UserError(f"no such file: {', '.join(absent[:5])}{more}; check the list and its folder")
+    names: set[str] = set()
+    images: dict[Path, str] = {}
+    split_of: dict[str, Case] = {}
+    for case in cases:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", case.name) or re.search(r"_slice\d+$", case.name):
+            raise UserError(f"case {case.name!r}: expected a name of letters, digits, '.', '_' and '-' that does not end in _slice000")
+        if case.name in names:
+            raise UserError(f"case {case.name}: listed twice; give every case a name of its own")
+        names.add(case.name)
+        if case.split not in SPLITS:
+            raise UserError(f"case {case.name}: expected split train or test, found {case.split!r}")
+        twin = images.setdefault(case.image.resolve(), case.name)
+        if twin != case.name:
+            raise UserError(f"cases {twin} and {case.name} have one image, {case.image}; list it once")
+        other = split_of.setdefault(case.patient, case)
+        if other.split != case.split:
+            raise UserError(f"patient {case.patient} is in training and test (cases {other.name}, {case.name}); put both in one split")
+
+
+# --- one case ---------------------------------------------------------------------------------------------------------------------------
+
+
+def process_case(case: Case, settings: Settings, output: Path) -> dict[str, Any]:
+    """Writes the outputs of one case, in place of any it had, and returns its manifest entry.
+
+    Raises:
+        UserError: a file is damaged, image and label do not fit, or the label map does not know a label.
+    """
+    fingerprint = _fingerprint(case, settings)  # before reading: a file that changes meanwhile is read again next time
+    try:
+        image, label, source_orientation = _read_case(case, settings)
+        window = intensity_window(image.array, settings.image_kind, settings.window)
+    except UserError as error:
+        raise UserError(f"case {case.name}: {error}") from error
+    scaled = Volume(scale_to_window(image.array, *window), image.affine)
+    details: dict[str, Any] = {
+        "source": case.image.name,
+        "source_orientation": source_orientation,
+        "image_kind": settings.image_kind,
+        "window": window,
+    }
+    for path in _outputs_on_disk(case.name, output):
+        path.unlink()
+    if case.split == "train":
+        for index, path in enumerate(_output_paths(case, len(scaled.array), output)):
+            part = take_slice(scaled, index)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                entries: dict[str, Any] = {
+                    "image": part.array[0],
+                    "label": label[index].astype(np.float32),
+                    **to_attributes(part, **details),
+                }
+                np.savez(file, **entries)
+    else:
+        (path,) = _output_paths(case, len(scaled.array), output)
+        with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+            file["image"], file["label"] = scaled.array, label.astype(np.float32)
+            file.attrs.update(to_attributes(scaled, **details))
+    return {
+        "split": case.split,
+        "patient": case.patient,
+        "image": _relative(case.image, settings),
+        "label": _relative(case.label, settings),
+        "shape": list(scaled.array.shape),
+        "spacing_mm": list(scaled.spacing_mm),
+        "n_slices": len(scaled.array),
+        "orientation": scaled.orientation,
+        "source_orientation": source_orientation,
+        "window": list(window),
+        "labels_present": [int(value) for value in np.unique(label) if value],
+        "fingerprint": fingerprint,
+    }
+
+
+def _read_case(case: Case, settings: Settings) -> tuple[Volume, np.ndarray, str]:
+    """Image, classes [D, H, W] uint8 on the same grid, and the orientation of the image's file."""
+    image, label = read_volume(case.image), read_volume(case.label)
+    source_orientation = image.orientation
+    if settings.orientation is not None:
+        image, label = reorient(image, settings.orientation), reorient(label, settings.orientation)
+    if image.array.shape != label.array.shape:
+        raise UserError(f"expected one shape, found {image.array.shape} in {case.image} and {label.array.shape} in {case.label}")
+    distance = corner_distance_mm(image, label)
+    if distance > _GRID_TOLERANCE_MM:
+        raise UserError(
+            f"expected {case.image} and {case.label} on one grid, found corner voxels up to {distance:.3g} mm apart; "
+            "resample the label onto the image or put its header right"
+        )
+    try:
+        classes = settings.label_map.apply(label.array)
+    except UserError as error:
+        raise UserError(f"{case.label}: {error}") from error
+    return image, classes, source_orientation
+
+
+def _output_paths(case: Case, n_slices: int, output: Path) -> list[Path]:
+    if case.split == "test":
+        return [output / _TEST / f"{case.name}.npy.h5"]
+    return [output / _TRAIN / f"{case.name}_slice{index:03d}.npz" for index in range(n_slices)]
+
+
+def _outputs_on_disk(name: str, output: Path) -> list[Path]:
+    """All outputs of a case, of either split, with what an interrupted run left of them."""
+    slices = [path for path in (output / _TRAIN).glob(f"*{name}_slice*.npz")]
+    volumes = [path for path in (output / _TEST).glob(f"*{name}.npy.h5")]
+    ours = re.compile(rf"(\.\d+\.)?{re.escape(name)}(_slice\d+\.npz|\.npy\.h5)")
+    return [path for path in (*slices, *volumes) if ours.fullmatch(path.name)]
+
+
+def _relative(path: Path, settings: Settings) -> str:
+    return Path(os.path.relpath(path, settings.source_root)).as_posix()
+
+
+def _fingerprint(case: Case, settings: Settings) -> str:
+    """Changes with the source files (size, time of change) and with everything that shapes the outputs."""
+    files = [(_relative(path, settings), path.stat().st_size, path.stat().st_mtime_ns) for path in (case.image, case.label)]
+    made_by = (MANIFEST_FORMAT, settings.label_map, settings.image_kind, settings.window, settings.orientation)
+    return hashlib.sha256(repr((files, case.split, case.patient, made_by)).encode()).hexdigest()[:32]
+
+
+# --- all cases --------------------------------------------------------------------------------------------------------------------------
+
+
+def _run(todo: Sequence[Case], settings: Settings, output: Path, num_workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, entry) of every case as it is finished; after a bad case none is begun, those begun are finished, then its error is raised."""
+    if num_workers <= 1:
+        for case in todo:
+            yield case.name, process_case(case, settings, output)
+        return
+    first_error: UserError | None = None
+    context = multiprocessing.get_context("spawn")  # the same on every system, and safe whatever threads the parent runs
+    with ProcessPoolExecutor(min(num_workers, max(len(todo), 1)), mp_context=context) as pool:
+        futures = {pool.submit(process_case, case, settings, output): case.name for case in todo}
+        for future in as_completed(futures):
+            try:
+                entry = future.result()
+            except CancelledError:
+                continue
+            except BrokenProcessPool as error:
+                raise UserError("a worker process died, most likely for lack of memory; use fewer --num_workers") from error
+            except UserError as error:
+                first_error = first_error or error
+                for other in futures:
+                    other.cancel()
+                continue
+            yield futures[future], entry
+    if first_error is not None:
+        raise first_error
+
+
+def _finished_cases(cases: Iterable[Case], settings: Settings, output: Path, overwrite: bool) -> dict[str, dict[str, Any]]:
+    """Entries of the manifest that still hold: same fingerprint, all files there."""
+    if overwrite:
+        return {}
+    path = output / "manifest.json"
+    on_disk = {file.name for folder in (_TRAIN, _TEST) if (output / folder).is_dir() for file in (output / folder).iterdir()}
+    if not path.exists():
+        if on_disk:
+            raise UserError(f"{output}: expected an empty folder or one with a manifest.json, found other files; name another or --overwrite")
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != MANIFEST_FORMAT:
+            raise UserError(f"{path}: expected format {MANIFEST_FORMAT}, found {manifest['format']}; use another folder or --overwrite")
+        entries = {case: manifest["cases"][case.name] for case in cases if case.name in manifest["cases"]}
+        return {
+            case.name: entry
+            for case, entry in entries.items()
+            if entry["fingerprint"] == _fingerprint(case, settings)
+            and on_disk.issuperset(file.name for file in _output_paths(case, entry["n_slices"], output))
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: expected a manifest of these scripts, found something else ({error!r}); --overwrite replaces it") from error
+
+
+def _write_manifest(cases: Iterable[Case], finished: dict[str, dict[str, Any]], settings: Settings, output: Path) -> dict[str, Any]:
+    entries = {case.name: finished[case.name] for case in cases if case.name in finished}
+    class_names = settings.label_map.class_names
+    if settings.trim_classes:
+        class_names = class_names[: max((max(entry["labels_present"], default=0) for entry in entries.values()), default=0)]
+    orientations = {entry["orientation"] for entry in entries.values()}
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "class_names": list(class_names),
+        "num_classes": len(class_names),
+        "label_map": settings.label_map.name,
+        "image_kind": settings.image_kind,
+        "window": list(settings.window) if settings.window else None,
+        "orientation": orientations.pop() if len(orientations) == 1 else None,
+        "cases": entries,
+    }
+    _write_text(output / "manifest.json", json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+    return manifest
+
+
+def _write_lists(cases: Iterable[Case], finished: dict[str, dict[str, Any]], output: Path) -> None:
+    def lines(split: str, names: Callable[[Case], list[str]]) -> str:
+        return "".join(f"{line}\n" for case in cases if case.split == split for line in names(case))
+
+    train = lines("train", lambda case: [path.stem for path in _output_paths(case, finished[case.name]["n_slices"], output)])
+    _write_text(output / _LISTS / "train.txt", train)
+    _write_text(output / _LISTS / "test_vol.txt", lines("test", lambda case: [case.name]))
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Leaves a file alone that already says this, so that a run with nothing to do changes nothing."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

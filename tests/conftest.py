@@ -1,0 +1,48 @@
+"""Fixtures of the whole suite: the shared folder with real data and published numbers, weights by rule, and a prepared phantom dataset."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def require_shared(relative: str) -> Path:
+    """A file or folder of ../shared; skips the test by name where it is absent."""
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"../shared/{relative} is not on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def parity() -> Path:
+    """The folder of numbers that the published implementations gave."""
+    return require_shared("parity")
+
+
+@pytest.fixture(scope="session")
+def synthetic(parity: Path) -> ModuleType:
+    """The rule that fills the layouts of published checkpoints with numbers."""
+    spec = importlib.util.spec_from_file_location("synthetic_weights", parity / "synthetic_weights.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # the folder is not ours to write in
+    spec.loader.exec_module(module)
+    sys.dont_write_bytecode = before
+    return module
+
+
+@pytest.fixture(scope="session")
+def sam_vit_b_file(synthetic: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file in the layout of Meta's sam_vit_b_01ec64.pth, filled by rule."""
+    import torch
+
+    path = tmp_path_factory.mktemp("sam") / "sam_vit_b_01ec64.pth"
+    torch.save(synthetic.synthetic_sam("vit_b"), path)
+    return path

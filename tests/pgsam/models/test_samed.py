@@ -1,0 +1,104 @@
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from pgsam import build_model, load_model
+from pgsam.errors import UserError
+from pgsam.models.samed import SAMED, SAMED_S, describe_samed_state, from_samed_state, to_samed_state
+from pgsam.tuning.trainable import trainable_count
+
+TENSORS = {SAMED: 215, SAMED_S: 161}
+TRAINABLE = {SAMED: 4_913_621, SAMED_S: 1_645_909}  # spec 1.1, counted in the released code
+
+
+@pytest.fixture(scope="module", params=[SAMED, SAMED_S])
+def published(request: pytest.FixtureRequest, synthetic: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, Path]:
+    """Module, content and path of a file in the published layout."""
+    state = synthetic.synthetic_samed(dim=768, depth=12, num_classes=8, decoder_lora=request.param == SAMED_S)
+    path = tmp_path_factory.mktemp("samed") / "epoch_159.pth"
+    torch.save(state, path)
+    return request.param, state, path
+
+
+def test_equals_the_published_implementation(published: tuple, synthetic: ModuleType, sam_vit_b_file: Path, parity: Path) -> None:
+    module, _, path = published
+    vectors = np.load(parity / "samed_vit_b_224.npz")
+    model = load_model(path, ckpt=sam_vit_b_file, img_size=224, device="cpu")
+    calls = []
+    model.image_encoder.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        out = model(synthetic.synthetic_image(224, batch=2))
+    assert len(calls) == 1
+    np.testing.assert_allclose(out["low_res_logits"], vectors[f"{module}_224_low_res_logits"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(out["iou_predictions"], vectors[f"{module}_224_iou"], rtol=0, atol=1e-4)
+    agreement = (out["masks"].argmax(1).numpy() == vectors[f"{module}_224_label"]).mean()
+    assert agreement >= 0.9999
+
+
+def test_published_file_is_read_and_written_back_exactly(published: tuple, sam_vit_b_file: Path) -> None:
+    module, state, path = published
+    assert len(state) == TENSORS[module]
+    model = load_model(path, ckpt=sam_vit_b_file, img_size=224, device="cpu")
+    back = to_samed_state(model)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+    assert model.card.module == module
+    assert (model.card.rank, model.card.vit_name, model.card.num_classes) == (4, "vit_b", 8)
+    assert model.card.class_names[4] == "liver"
+    assert model.img_size == 224
+
+
+def test_what_a_published_file_says_of_itself(synthetic: ModuleType) -> None:
+    state = synthetic.synthetic_samed(dim=1024, depth=24, num_classes=3, rank=6, decoder_lora=True)
+    info = describe_samed_state(state, "file")
+    assert (info.module, info.vit_name, info.rank, info.num_classes, info.lora_layers) == (SAMED_S, "vit_l", 6, 3, 24)
+
+
+@pytest.mark.parametrize("module", [SAMED, SAMED_S])
+def test_trainable_parameters_are_the_published_number(module: str) -> None:
+    with torch.device("meta"):
+        model = build_model(module, vit_name="vit_b", num_classes=8, verbose=False)
+    assert trainable_count(model) == TRAINABLE[module]
+    assert sum(p.numel() for n, p in model.named_parameters() if n.startswith("image_encoder") and ".lora_" in n) == 147_456
+
+
+def test_tiny_model_stays_tiny() -> None:
+    model = build_model(vit_name="vit_tiny", verbose=False)
+    assert sum(p.numel() for p in model.parameters()) <= 3_500_000
+    assert model.mask_decoder.transformer_dim == model.prompt_encoder.embed_dim == 128
+
+
+@pytest.mark.parametrize(("img_size", "batch"), [(64, 1), (96, 3)])
+def test_output_contract_and_batching(img_size: int, batch: int) -> None:
+    torch.manual_seed(0)
+    model = build_model(vit_name="vit_tiny", img_size=img_size, num_classes=5, verbose=False).eval()
+    images = torch.rand(batch, 3, img_size, img_size)
+    with torch.no_grad():
+        out = model(images)
+        assert out["low_res_logits"].shape == (batch, 6, img_size // 4, img_size // 4)
+        assert out["masks"].shape == (batch, 6, img_size, img_size)
+        assert out["iou_predictions"].shape == (batch, 6)
+        for i in range(batch):  # a batch equals its images one by one
+            torch.testing.assert_close(model(images[i : i + 1])["masks"][0], out["masks"][i], rtol=0, atol=1e-5)
+        small = model(images, upscale=False)
+    assert "masks" not in small
+    assert torch.equal(small["low_res_logits"], out["low_res_logits"])
+
+
+def test_files_that_do_not_fit_are_named(published: tuple, sam_vit_b_file: Path) -> None:
+    module, state, path = published
+    with pytest.raises(UserError, match=r"sam_vit_b_01ec64.pth.*--ckpt"):
+        load_model(path, device="cpu")
+    model = build_model(module, img_size=64, verbose=False)
+    lost = dict(list(state.items())[2:])
+    with pytest.raises(UserError, match="2 are absent: w_a_000, w_b_000"):
+        from_samed_state(lost, model, "file")
+    with pytest.raises(UserError, match="1 are unknown: extra"):
+        from_samed_state({**state, "extra": torch.zeros(1)}, model, "file")
+    with pytest.raises(UserError, match=r"of another shape: mask_decoder\.mask_tokens\.weight"):
+        from_samed_state({**state, "mask_decoder.mask_tokens.weight": torch.zeros(3, 256)}, model, "file")
+    with pytest.raises(UserError, match="official SAM file"):
+        load_model(sam_vit_b_file, ckpt=sam_vit_b_file, device="cpu")

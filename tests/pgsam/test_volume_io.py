@@ -1,0 +1,393 @@
+"""Geometry against nibabel, damaged files against their description, intensity against the published formula."""
+
+import gzip
+from itertools import permutations, product
+from pathlib import Path
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nibabel.orientations import aff2axcodes, axcodes2ornt, io_orientation, ornt_transform
+from scipy.spatial.transform import Rotation
+
+from pgsam import volume_io
+from pgsam.errors import UserError
+from pgsam.volume_io import (
+    BTCV_ORIENTATION,
+    Volume,
+    corner_distance_mm,
+    from_attributes,
+    intensity_window,
+    read_volume,
+    reorient,
+    scale_intensity,
+    take_slice,
+    to_attributes,
+    write_volume,
+)
+
+SHAPE = (4, 5, 6)  # (W, H, D) in nibabel's order
+SPACING = np.array([0.7, 0.9, 5.0])
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS <-> LPS
+CODES = ["".join(letters) for axes in permutations(("LR", "PA", "SI")) for letters in product(*axes)]
+
+
+def voxels(dtype=np.int16, shape=SHAPE):
+    return np.random.default_rng(0).integers(-1000, 2000, shape).astype(dtype)
+
+
+def ras_affine(code="LAS", spacing=SPACING, rotation=None):
+    """nibabel's affine of a grid whose i, j, k axes point to the letters of `code`, then rotated."""
+    affine = np.eye(4)
+    for axis, letter in enumerate(code):
+        row = next(row for row, pair in enumerate(("LR", "PA", "IS")) if letter in pair)
+        affine[row, axis] = spacing[axis] * (1 if letter in "RAS" else -1)
+        affine[axis, axis] *= axis == row
+    if rotation is not None:
+        affine[:3, :3] = rotation @ affine[:3, :3]
+    affine[:3, 3] = (-101.5, 57.25, 12.125)
+    return affine
+
+
+def save(path, array, affine):
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+def load(path):
+    return nib.load(path)
+
+
+def corners(shape):
+    return np.array([[*index, 1] for index in product(*((0, size - 1) for size in shape))]).T
+
+
+def lps_of_nibabel(image):
+    """Corner positions in LPS by nibabel, ordered as `corners` of the reversed shape."""
+    d, h, w, one = corners(image.shape[::-1])
+    return LPS @ image.affine @ np.stack([w, h, d, one])
+
+
+def test_the_48_orientations_are_the_ones_of_nibabel():
+    assert len(set(CODES)) == 48
+    assert all("".join(aff2axcodes(ras_affine(code))) == code for code in CODES)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_file_keeps_its_voxels_and_their_places(code, tmp_path):
+    path = save(tmp_path / "a.nii.gz", voxels(), ras_affine(code))
+    image, volume = load(path), read_volume(path)
+    assert volume.array.dtype == np.int16
+    np.testing.assert_array_equal(volume.array, image.get_fdata().transpose(2, 1, 0))
+    np.testing.assert_allclose(volume.affine @ corners(volume.array.shape), lps_of_nibabel(image), atol=1e-4)
+    assert volume.orientation == code
+    np.testing.assert_allclose(np.array(volume.spacing_mm), image.header.get_zooms()[::-1], rtol=1e-6)
+    np.testing.assert_allclose(np.array(volume.origin_mm), (LPS @ image.affine)[:3, 3], atol=1e-4)
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("rotation", [None, Rotation.from_euler("xyz", (12, -17, 31), degrees=True).as_matrix()], ids=["straight", "oblique"])
+def test_reorient_is_the_one_of_nibabel_and_can_be_undone(code, rotation):
+    image = nib.Nifti1Image(voxels(), ras_affine(code, rotation=rotation))
+    volume = Volume(voxels().transpose(2, 1, 0), LPS @ image.affine[:, [2, 1, 0, 3]])
+    assert volume.orientation == "".join(aff2axcodes(image.affine)) == code
+    for target in (BTCV_ORIENTATION, "SRP"):
+        expected = image.as_reoriented(ornt_transform(io_orientation(image.affine), axcodes2ornt(target)))
+        turned = reorient(volume, target)
+        assert turned.orientation == target
+        np.testing.assert_array_equal(turned.array, expected.get_fdata().transpose(2, 1, 0))
+        np.testing.assert_allclose(turned.affine @ corners(turned.array.shape), lps_of_nibabel(expected), atol=1e-9)
+        back = reorient(turned, volume.orientation)
+        np.testing.assert_array_equal(back.array, volume.array)
+        assert corner_distance_mm(back, volume) < 1e-9
+
+
+def test_reorient_refuses_what_is_no_orientation():
+    volume = Volume(np.zeros((2, 2, 2)), np.eye(4))
+    for code in ("LA", "LLS", "LASP", "XAS", "las", ""):
+        with pytest.raises(UserError, match="orientation"):
+            reorient(volume, code)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("code", ["LAS", "RPI", "PSR", "SLA"])
+@pytest.mark.parametrize("angles", [(0, 0, 0), (25, -40, 70)])
+def test_written_geometry_is_read_by_nibabel_to_a_micrometre(suffix, code, angles, tmp_path):
+    affine = ras_affine(code, rotation=Rotation.from_euler("xyz", angles, degrees=True).as_matrix())
+    volume = Volume(voxels(shape=(300, 200, 100)).transpose(2, 1, 0), LPS @ affine[:, [2, 1, 0, 3]])
+    mask = volume.array > 0
+    path = tmp_path / "results" / f"mask{suffix}"
+    write_volume(path, mask, volume)
+    image = load(path)
+    assert image.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asarray(image.dataobj), mask.transpose(2, 1, 0))
+    np.testing.assert_allclose(lps_of_nibabel(image), volume.affine @ corners(mask.shape), atol=1e-3)
+    again = read_volume(path)
+    np.testing.assert_allclose(again.affine @ corners(mask.shape), volume.affine @ corners(mask.shape), atol=1e-3)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "mask.nii.gz"
+    write_volume(path, np.ones((2, 3, 4), np.uint8), np.eye(4))
+    before = path.read_bytes()
+
+    def disk_full(image, name):
+        Path(name).write_bytes(before[:20])
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(sitk, "WriteImage", disk_full)
+    with pytest.raises(UserError, match=r"mask\.nii\.gz: cannot be written"):
+        write_volume(path, np.zeros((2, 3, 4), np.uint8), np.eye(4))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_refuses_other_formats_wrong_shapes_and_sheared_grids(tmp_path):
+    array, sheared = np.zeros((2, 3, 4), np.uint8), np.eye(4)
+    with pytest.raises(UserError, match=r"\.nii"):
+        write_volume(tmp_path / "mask.png", array, np.eye(4))
+    with pytest.raises(ValueError, match="does not fit"):
+        write_volume(tmp_path / "mask.nii", array, Volume(array[:1], np.eye(4)))
+    sheared[0, 1] = 0.1
+    with pytest.raises(ValueError, match="right angles"):
+        write_volume(tmp_path / "mask.nii", array, sheared)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("big_endian", [False, True])
+def test_number_types_and_byte_orders(dtype, big_endian, tmp_path):
+    array = voxels(np.uint8).astype(dtype)
+    header = nib.Nifti1Header(endianness=">" if big_endian else "<")
+    header.set_data_dtype(dtype)
+    nib.save(nib.Nifti1Image(array, ras_affine(), header), tmp_path / "a.nii.gz")
+    volume = read_volume(tmp_path / "a.nii.gz")
+    assert volume.array.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(volume.array, array.transpose(2, 1, 0))
+
+
+def test_scaled_integers_become_their_values(tmp_path):
+    image = nib.Nifti1Image(voxels(), ras_affine())
+    image.header.set_slope_inter(0.25, -1024.5)
+    nib.save(image, tmp_path / "a.nii.gz")
+    np.testing.assert_allclose(read_volume(tmp_path / "a.nii.gz").array, load(tmp_path / "a.nii.gz").get_fdata().transpose(2, 1, 0))
+
+
+def test_one_frame_and_one_slice_become_a_volume(tmp_path):
+    frame = read_volume(save(tmp_path / "frame.nii.gz", voxels()[..., None, None], ras_affine("RAS")))
+    np.testing.assert_array_equal(frame.array, voxels().transpose(2, 1, 0))
+    np.testing.assert_allclose(frame.spacing_mm, SPACING[::-1], rtol=1e-6)
+    flat = read_volume(save(tmp_path / "flat.nii.gz", voxels()[..., 0], ras_affine("RAS")))
+    np.testing.assert_array_equal(flat.array, voxels()[..., :1].transpose(2, 1, 0))
+    np.testing.assert_allclose(flat.spacing_mm, (1.0, 0.9, 0.7), rtol=1e-6)
+
+
+# --- damaged files ----------------------------------------------------------------------------------------------------------------------
+
+
+def packed(tmp_path, array=None):
+    return save(tmp_path / "whole.nii.gz", voxels(shape=(32, 32, 8)) if array is None else array, ras_affine()).read_bytes()
+
+
+def broken_crc(data):
+    changed = bytearray(data)
+    changed[-6] ^= 0xFF  # a gzip file ends with CRC32 and length, four bytes each
+    return bytes(changed)
+
+
+DAMAGE = {
+    "empty": (lambda data: b"", "empty file"),
+    "cut in the voxels": (lambda data: data[: len(data) // 2], "truncated or damaged"),
+    "cut in the last bytes": (lambda data: data[:-3], "truncated or damaged"),
+    "wrong checksum": (broken_crc, "truncated or damaged"),
+    "voxels missing before packing": (lambda data: gzip.compress(gzip.decompress(data)[:-100]), "found 16284: truncated"),
+    "voxels missing, not packed": (lambda data: gzip.decompress(data)[:-100], "found 16284: truncated"),
+    "web page": (lambda data: b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
+    "packed web page": (lambda data: gzip.compress(b"<html>" + b" " * 1000), "web page"),
+    "git-lfs": (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "git lfs pull"),
+    "picture": (lambda data: b"\x89PNG\r\n\x1a\n" + bytes(1000), "another kind"),
+    "zero header": (lambda data: bytes(20000), "another kind"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files_are_named_and_explained(kind, tmp_path):
+    damage, message = DAMAGE[kind]
+    path = tmp_path / "scan.nii.gz"
+    path.write_bytes(damage(packed(tmp_path)))
+    with pytest.raises(UserError, match=message) as caught:
+        read_volume(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_whole_file_under_the_same_checks_is_read(tmp_path):
+    data = packed(tmp_path)
+    (tmp_path / "plain_named_gz.nii.gz").write_bytes(gzip.decompress(data))
+    (tmp_path / "plain.nii").write_bytes(gzip.decompress(data))
+    for name in ("whole.nii.gz", "plain_named_gz.nii.gz", "plain.nii"):
+        np.testing.assert_array_equal(read_volume(tmp_path / name).array, voxels(shape=(32, 32, 8)).transpose(2, 1, 0))
+    (tmp_path / "packed.nii").write_bytes(data)
+    with pytest.raises(UserError, match=r"rename it to packed\.nii\.gz"):
+        read_volume(tmp_path / "packed.nii")
+
+
+def test_paths_that_are_no_file(tmp_path):
+    (tmp_path / "folder.nii").mkdir()
+    (tmp_path / "scan.mha").write_bytes(b"ObjectType = Image")
+    for name, message in (("absent.nii.gz", "no such file"), ("folder.nii", "found a folder"), ("scan.mha", "convert the image to NIfTI")):
+        with pytest.raises(UserError, match=message):
+            read_volume(tmp_path / name)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_voxels_that_are_no_number(bad, dtype, tmp_path):
+    array = voxels(dtype, (80, 70, 60))
+    array[1, 2, 3] = array[-1, -1, -1] = bad
+    with pytest.raises(UserError, match="found 2 that are NaN or infinite"):
+        read_volume(save(tmp_path / "a.nii.gz", array, ras_affine()))
+
+
+def with_header(path, **fields):
+    """Changes fields of a NIfTI header in the file itself, which nibabel would put right."""
+    header = nib.Nifti1Header(path.read_bytes()[:348])
+    for key, value in fields.items():
+        header[key] = value
+    path.write_bytes(header.binaryblock + path.read_bytes()[348:])
+    return path
+
+
+def test_shapes_and_kinds_that_are_no_volume(tmp_path):
+    colour = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    cases = [
+        (np.stack([voxels()] * 2, -1), "one 3-D volume"),
+        (voxels()[..., None, None].repeat(3, -1), "one 3-D volume"),
+        (colour, "datatype 128"),
+        (np.zeros(SHAPE, np.complex64), "datatype 32"),
+    ]
+    for number, (array, message) in enumerate(cases):
+        with pytest.raises(UserError, match=message):
+            read_volume(save(tmp_path / f"{number}.nii", array, ras_affine()))
+    nib.save(nib.Nifti2Image(voxels(), ras_affine()), tmp_path / "second.nii")
+    with pytest.raises(UserError, match="NIfTI-2"):
+        read_volume(tmp_path / "second.nii")
+
+
+def test_spacing_that_cannot_be(tmp_path):
+    def fresh():
+        return save(tmp_path / "a.nii", voxels(), ras_affine())
+
+    for pixdim in ([1, 0, 1, 1, 0, 0, 0, 0], [1, np.nan, 1, 1, 0, 0, 0, 0]):
+        with pytest.raises(UserError, match="positive spacing"):
+            read_volume(with_header(fresh(), pixdim=pixdim))
+    with pytest.raises(UserError, match=r"sform and .* pixdim"):  # SimpleITK would take pixdim, nibabel sform
+        read_volume(with_header(fresh(), pixdim=[1, 1, 1, 1, 0, 0, 0, 0]))
+    with pytest.raises(UserError, match=r"0\.01 to 100 mm"):  # metres in a file that says millimetres
+        read_volume(save(tmp_path / "a.nii", voxels(), ras_affine(spacing=SPACING / 1000)))
+    image = nib.Nifti1Image(voxels(), ras_affine(spacing=SPACING / 1000))
+    image.header.set_xyzt_units("meter")
+    nib.save(image, tmp_path / "metres.nii")
+    np.testing.assert_allclose(read_volume(tmp_path / "metres.nii").spacing_mm, SPACING[::-1], rtol=1e-6)
+
+
+def test_a_sheared_grid_is_refused(tmp_path):
+    affine = ras_affine("RAS")
+    affine[0, 1] = 0.2
+    with pytest.raises(UserError, match="right angles"):
+        read_volume(save(tmp_path / "a.nii.gz", voxels(), affine))
+
+
+# --- geometry beside arrays -------------------------------------------------------------------------------------------------------------
+
+
+def oblique_volume():
+    affine = ras_affine("PIR", rotation=Rotation.from_euler("xyz", (9, 14, -22), degrees=True).as_matrix())
+    return Volume(voxels(np.float32).transpose(2, 1, 0), LPS @ affine[:, [2, 1, 0, 3]])
+
+
+def test_attributes_hold_the_geometry_as_simpleitk_says_it(tmp_path):
+    volume = oblique_volume()
+    write_volume(tmp_path / "a.nii", volume.array, volume)
+    image = sitk.ReadImage(tmp_path / "a.nii")
+    attributes = to_attributes(volume)
+    np.testing.assert_allclose(attributes["spacing"], image.GetSpacing()[::-1], rtol=1e-6)
+    np.testing.assert_allclose(attributes["origin"], image.GetOrigin(), atol=1e-4)
+    np.testing.assert_allclose(attributes["direction"], image.GetDirection(), atol=1e-6)
+    assert attributes["orientation"] == "PIR"
+    assert set(attributes) == {"spacing", "origin", "direction", "orientation"}
+
+
+def test_attributes_survive_h5_and_npz(tmp_path):
+    volume = oblique_volume()
+    attributes = to_attributes(volume, source="a.nii.gz", source_orientation="RAS", image_kind="ct_window", window=(-125.0, 275.0))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["image"] = volume.array
+        file.attrs.update(attributes)
+    with h5py.File(tmp_path / "a.h5") as file:
+        restored = from_attributes(file.attrs, file["image"][:])
+        assert file.attrs["source_orientation"] == "RAS"
+    assert restored is not None
+    assert corner_distance_mm(restored, volume) < 1e-9
+    part = take_slice(volume, 3)
+    np.savez(tmp_path / "a.npz", image=part.array[0], **to_attributes(part, window=(-125.0, 275.0)))
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+        flat = from_attributes(file, file["image"])
+        np.testing.assert_array_equal(file["window"], (-125, 275))
+    assert flat is not None
+    d, h, w = 3, 2, 1
+    np.testing.assert_allclose(flat.affine @ (0, h, w, 1), volume.affine @ (d, h, w, 1), atol=1e-9)
+    assert flat.array[0, h, w] == volume.array[d, h, w]
+
+
+def test_files_of_others_have_no_geometry_and_half_a_geometry_is_an_error():
+    attributes = to_attributes(oblique_volume())
+    array = np.zeros((2, 2, 2))
+    assert from_attributes({}, array) is None
+    with pytest.raises(UserError, match=r"case0008\.npy\.h5: expected .* origin missing"):
+        from_attributes({key: value for key, value in attributes.items() if key != "origin"}, array, "case0008.npy.h5")
+    for spacing in ((1, 1), (1, 0, 1), (1, np.nan, 1)):
+        with pytest.raises(UserError, match="geometry"):
+            from_attributes(attributes | {"spacing": np.array(spacing)}, array)
+
+
+# --- intensity --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_ct_window_is_the_published_formula_in_float32():
+    hounsfield = np.arange(-1024, 3072, dtype=np.int16)
+    clipped = np.clip(hounsfield.astype(np.float32), -125, 275)
+    for window in (None, (-125.0, 275.0)):
+        scaled = scale_intensity(hounsfield, "ct_window", window)
+        assert scaled.dtype == np.float32
+        np.testing.assert_array_equal(scaled, (clipped + np.float32(125)) / np.float32(400))
+    assert scale_intensity(np.array([-125, 75, 275]), "ct_window").tolist() == [0, 0.5, 1]
+
+
+def test_percentiles_do_not_depend_on_the_scale_of_an_mr_image():
+    image = np.random.default_rng(1).gamma(2, 100, (8, 20, 20)).astype(np.float32)
+    scaled = scale_intensity(image, "percentile")
+    assert scaled.min() == 0
+    assert scaled.max() == 1
+    assert np.mean(scaled == 0) == pytest.approx(0.005, abs=5e-4)
+    assert np.mean(scaled == 1) == pytest.approx(0.005, abs=5e-4)
+    np.testing.assert_allclose(scale_intensity(image * 7 + 300, "percentile"), scaled, atol=1e-5)
+
+
+def test_windows_without_width_are_refused():
+    for window in ((275.0, -125.0), (5.0, 5.0), (0.0, np.nan)):
+        with pytest.raises(UserError, match="LO below HI"):
+            intensity_window(np.zeros(3), "ct_window", window)
+    with pytest.raises(UserError, match="contrast"):
+        scale_intensity(np.full((2, 3, 4), 7), "percentile")
+    with pytest.raises(ValueError, match="image kind"):
+        scale_intensity(np.zeros(3), "rgb")
+
+
+def test_programming_errors_are_not_user_errors():
+    with pytest.raises(ValueError, match=r"array \[D, H, W\]"):
+        Volume(np.zeros((3, 4)), np.eye(4))
+    with pytest.raises(ValueError, match="shapes differ"):
+        corner_distance_mm(Volume(np.zeros((1, 2, 3)), np.eye(4)), Volume(np.zeros((1, 3, 2)), np.eye(4)))
+    assert volume_io.BTCV_ORIENTATION == "LAS"

@@ -1,0 +1,191 @@
+"""Trains a SAM-based segmenter on prepared slices.
+
+Prepare the data first (preprocess/synapse.py for BTCV's raw layout, preprocess/nifti.py for any labelled NIfTI), then
+
+    python train.py --root_path data/Synapse --output runs/samed --warmup --AdamW                  # Meta's file at its default place
+    python train.py --root_path data/Synapse --output runs/samed --ckpt weights/sam_vit_b_01ec64.pth --warmup --AdamW
+    python train.py --root_path data/mine --output runs/tiny --vit_name vit_tiny --ckpt none --tune full --img_size 224 --warmup --AdamW
+
+--root_path takes the prepared folder or its train_npz; the list is lists/train.txt beside it unless --list_dir says otherwise. The output
+folder gets config.json, command.txt, env.json, log.txt, history.csv, tensorboard/, last.pt and, at the end, final.safetensors, which test.py
+and infer_demo.py read. Defaults of a flag marked (by module) are those of the published method.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pgsam.errors import UserError, reports_user_errors
+
+# What each published method was trained with: 512 px, lr 0.005, 200 epochs of which 160 are run.
+SAMED_RECIPE = {"img_size": 512, "base_lr": 0.005, "max_epochs": 200, "stop_epoch": 160, "warmup": False, "AdamW": False}
+RECIPES = {"sam_lora_image_encoder": SAMED_RECIPE, "sam_lora_image_encoder_mask_decoder": SAMED_RECIPE}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of train.py."""
+    from datasets.augment import AUGMENTATIONS
+    from datasets.labels import DATASETS
+    from pgsam.engine.device import DEVICES
+    from pgsam.engine.flags import Parser, add_deterministic
+    from pgsam.models import BUILDERS, DEFAULT_MODULE
+    from pgsam.sam.build import VITS
+
+    parser = Parser(__doc__)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--config", metavar="FILE.json", help="flags as JSON; the command line goes before it")
+    add("--root_path", required=True, help="prepared folder, or its train_npz")
+    add("--output", required=True, help="folder of this run; new or empty")
+    add(
+        "--dataset",
+        default="Synapse",
+        choices=list(DATASETS),
+        help="names the classes where the data has no manifest (default %(default)s)",
+    )
+    add("--list_dir", help="folder of train.txt")
+    add("--num_classes", type=int, help="foreground classes (default: the data's manifest, else the dataset's)")
+    add("--module", default=DEFAULT_MODULE, choices=list(BUILDERS), help="method (default %(default)s)")
+    add("--vit_name", default="vit_b", choices=list(VITS), help="image encoder (default %(default)s)")
+    add("--ckpt", help="official SAM file (default checkpoints/<Meta's name>), or none for a random start")
+    add("--lora_ckpt", help="start from the trained tensors of this checkpoint (ours or SAMed's .pth)")
+    add("--rank", type=int, default=4, help="rank of LoRA (default %(default)s)")
+    add("--tune", default="lora", choices=("lora", "full"), help="train LoRA, prompt encoder and decoder, or every parameter")
+    add("--img_size", type=int, help="side of the network's input, a multiple of 16 (by module)")
+    add("--input_size", type=int, default=224, help="slices go to this size first, then to img_size (default %(default)s)")
+    add("--augment", default="samed", choices=list(AUGMENTATIONS), help="augmentation (default %(default)s)")
+    add("--max_epochs", type=int, help="length of the learning-rate schedule (by module)")
+    add("--stop_epoch", type=int, help="train this many epochs (by module, at most max_epochs)")
+    add("--batch_size", type=int, default=12, help="slices a step (default %(default)s)")
+    add("--base_lr", type=float, help="learning rate after the warm-up (by module)")
+    add("--warmup", action=switch, default=None, help="linear warm-up (by module)")
+    add("--warmup_period", type=int, default=250, help="steps of the warm-up (default %(default)s)")
+    add("--AdamW", action=switch, default=None, help="AdamW instead of SGD (by module)")
+    add("--weight_decay", type=float, help="default 0.1 for AdamW, 1e-4 for SGD")
+    add("--dice_param", type=float, default=0.8, help="weight w of Dice in (1 - w) CE + w Dice (default %(default)s)")
+    add("--loss_resolution", default="low", choices=("low", "both"), help="loss at a quarter of img_size, or there and at img_size")
+    add("--seed", type=int, default=1234, help="of weights, order and augmentation (default %(default)s)")
+    add_deterministic(parser)
+    add("--num_workers", type=int, default=0, help="data loading processes; changes no number (default %(default)s)")
+    add("--device", default="auto", choices=DEVICES, help="(default %(default)s)")
+    return parser
+
+
+def resolve(args: argparse.Namespace) -> None:
+    """Fills in the defaults that depend on the module and checks every value that needs no file."""
+    from pgsam.engine.flags import check_img_size, require_at_least
+    from pgsam.sam.build import vit_sizes
+
+    recipe = RECIPES[args.module]
+    if args.stop_epoch is None and args.max_epochs is not None:
+        args.stop_epoch = min(int(recipe["stop_epoch"]), args.max_epochs)
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    require_at_least(args, num_classes=1, rank=1, input_size=16, max_epochs=1, stop_epoch=1, batch_size=1, warmup_period=1, num_workers=0, seed=0)
+    check_img_size(args.img_size)
+    if args.stop_epoch > args.max_epochs:
+        raise UserError(f"--stop_epoch {args.stop_epoch}: expected at most --max_epochs {args.max_epochs}, the length of the schedule")
+    if not args.base_lr > 0:
+        raise UserError(f"--base_lr {args.base_lr}: expected a positive number")
+    if not 0 <= args.dice_param <= 1:
+        raise UserError(f"--dice_param {args.dice_param}: expected a number from 0 to 1")
+    if args.rank > vit_sizes(args.vit_name).out_chans:
+        raise UserError(f"--rank {args.rank}: expected at most {vit_sizes(args.vit_name).out_chans}, the decoder's width")
+    if args.tune == "full" and args.module != "sam_lora_image_encoder":
+        raise UserError(f"--tune full: trains every parameter, which leaves nothing of --module {args.module}; use sam_lora_image_encoder")
+
+
+@reports_user_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; 0 on success, 2 after an error of the user's."""
+    from datasets.augment import AUGMENTATIONS
+    from datasets.labels import DATASETS
+    from datasets.layout import find_data
+    from datasets.slices import SliceDataset
+    from pgsam.engine.checkpoint import start_from
+    from pgsam.engine.device import pick_device
+    from pgsam.engine.flags import jsonable, parse, resolve_ckpt
+    from pgsam.engine.train import Recipe, RunFolder, seed_everything, train, write_provenance
+    from pgsam.models import build_model
+    from pgsam.models.card import ModelCard
+    from pgsam.sam.weights import require_file, sha256_of
+    from pgsam.tuning.trainable import trainable_report
+    from pgsam.volume_io import BTCV_ORIENTATION, CT_WINDOW
+
+    args = parse(build_parser(), argv)  # type: ignore[arg-type]
+    resolve(args)
+    device = pick_device(args.device)
+    RunFolder.check_free(args.output)
+    folder = find_data(args.root_path, "train_npz", "train.txt", list_dir=args.list_dir, dataset=args.dataset)
+    manifest = folder.manifest or {}
+    names = tuple(manifest.get("class_names") or DATASETS[args.dataset].label_map.class_names)
+    if args.num_classes is not None and args.num_classes != len(names):
+        if manifest:
+            raise UserError(f"--num_classes {args.num_classes}: the manifest of {folder.files.parent} says {len(names)} ({', '.join(names)})")
+        names = tuple(f"class {i}" for i in range(1, args.num_classes + 1))
+    if not manifest:
+        print(f"{folder.files.parent}: no manifest.json; taken: classes {', '.join(names)}; window {CT_WINDOW} HU; orientation {BTCV_ORIENTATION}")
+    dataset = SliceDataset(
+        folder,
+        num_classes=len(names),
+        img_size=args.img_size,
+        input_size=args.input_size,
+        seed=args.seed,
+        augment=AUGMENTATIONS[args.augment],
+    )
+    ckpt = resolve_ckpt(args.ckpt, args.vit_name)
+    if ckpt is not None:
+        require_file(ckpt, f"the official SAM file of {args.vit_name}")
+    seed_everything(args.seed, bool(args.deterministic))
+    options = {"tune": args.tune} if args.tune != "lora" else {}
+    model = build_model(
+        args.module,
+        vit_name=args.vit_name,
+        img_size=args.img_size,
+        num_classes=len(names),
+        class_names=names,
+        rank=args.rank,
+        ckpt=ckpt,
+        **options,
+    )
+    card = ModelCard(
+        module=args.module,
+        vit_name=args.vit_name,
+        img_size=args.img_size,
+        input_size=args.input_size,
+        class_names=names,
+        rank=args.rank,
+        orientation=manifest.get("orientation") or BTCV_ORIENTATION,
+        image_kind=manifest.get("image_kind", "ct_window"),
+        window=tuple(manifest["window"]) if manifest.get("window") else (CT_WINDOW if not manifest else None),
+        options=options,
+        dataset=args.dataset,
+        training_cases=folder.cases(),
+        training_patients=folder.patients(),
+        sam_sha256=sha256_of(ckpt) if ckpt is not None else None,
+    )
+    if args.lora_ckpt is not None:
+        start_from(model, args.lora_ckpt, card)
+    recipe = Recipe(
+        base_lr=args.base_lr,
+        batch_size=args.batch_size,
+        max_epochs=args.max_epochs,
+        stop_epoch=args.stop_epoch,
+        warmup_period=args.warmup_period if args.warmup else 0,
+        adamw=args.AdamW,
+        weight_decay=args.weight_decay,
+        dice_param=args.dice_param,
+        loss_resolution=args.loss_resolution,
+        seed=args.seed,
+        deterministic=bool(args.deterministic),
+        num_workers=args.num_workers,
+    )
+    run = RunFolder(args.output)
+    write_provenance(run, ["python", "train.py", *(argv if argv is not None else sys.argv[1:])], jsonable(args), recipe, card)
+    run.log(trainable_report(model))
+    train(model, dataset, recipe, run, card, device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
