@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Makes the bundled demo again: phantoms, training of a vit_tiny SAMed from a random start, checkpoints/demo.safetensors and demo_case.npy.h5.
+# Under an hour on 2 cores; seeds are fixed, so the same machine and packages give the same weights.
+#
+#   bash scripts/train_demo.sh [WORK_FOLDER]        (default runs/demo; about 1.3 GB of slices are written there)
+#
+# 64 phantoms (cases 101 to 164) are for training; 8 others (cases 1 to 8), of which case 1 is bundled, are for the test at the end.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+source "$here/setup_env.sh" requirements.txt
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the model is tiny: threads slow it down
+root="$here/.."
+work=${1:-$root/runs/demo}
+mkdir -p "$work"
+
+train_cases=$(seq 101 164)
+test_cases=$(seq 1 8)
+"$PYTHON" "$root/datasets/phantom.py" --output "$work/raw" --shape 40 224 224 --cases $train_cases $test_cases
+{
+    echo "case,image,label,split"
+    for case in $train_cases; do printf 'phantom%04d,raw/Training/img/img%04d.nii.gz,raw/Training/label/label%04d.nii.gz,train\n' "$case" "$case" "$case"; done
+    for case in $test_cases; do printf 'phantom%04d,raw/Training/img/img%04d.nii.gz,raw/Training/label/label%04d.nii.gz,test\n' "$case" "$case" "$case"; done
+} >"$work/pairs.csv"
+"$PYTHON" "$root/preprocess/nifti.py" --pairs "$work/pairs.csv" --output "$work/data" --label_map synapse8
+
+# No augmentation: a phantom is never mirrored, and there are as many as one likes.
+"$PYTHON" "$root/train.py" --root_path "$work/data" --output "$work/run" --module sam_lora_image_encoder --vit_name vit_tiny --ckpt none \
+    --tune full --img_size 224 --augment none --warmup --AdamW --base_lr 0.001 --weight_decay 0.05 --batch_size 16 --max_epochs 18 --num_workers 1
+"$PYTHON" "$root/test.py" --checkpoint "$work/run/final.safetensors" --volume_path "$work/data" --output_dir "$work/test"
+cp "$work/run/final.safetensors" "$root/checkpoints/demo.safetensors"
+"$PYTHON" "$here/pack_case.py" "$work/data/test_vol_h5/phantom0001.npy.h5" "$root/checkpoints/demo_case.npy.h5"

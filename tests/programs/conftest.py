@@ -1,0 +1,115 @@
+"""A raw phantom dataset, its prepared form, a small trained model, and a way to call the programs as a shell would."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = (10, 64, 64)
+TRAIN, TEST = (5, 6, 7), (8, 22)  # numbers of the published split
+# The smallest model on the smallest image, from a random start.
+TINY = ("--vit_name", "vit_tiny", "--ckpt", "none", "--img_size", 64, "--input_size", 64, "--batch_size", 6, "--device", "cpu")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program left: exit code and text."""
+
+    code: int
+    out: str
+    err: str
+
+    def refused(self, *needles: object) -> str:
+        """The one line of an error of the user's; every needle must be in it."""
+        assert self.code == 2, self
+        assert len(self.err.splitlines()) == 1, self.err
+        assert self.err.startswith("error: "), self.err
+        for needle in needles:
+            assert str(needle) in self.err, f"{needle!s} is not in: {self.err}"
+        return self.err
+
+
+def _main(program: str) -> Callable[..., int]:
+    return importlib.import_module(program).main
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`call("train", "--root_path", folder)` runs `train.main` with those flags."""
+
+    def run(program: str, *argv: object) -> Outcome:
+        capsys.readouterr()
+        code = _main(program)([str(a) for a in argv])
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shell() -> Callable[..., subprocess.Popen[str]]:
+    """`shell(cwd, "train.py", "--help")` starts a program of the checkout as a process of its own, in the folder `cwd`."""
+
+    def start(cwd: Path, script: str, *argv: object) -> subprocess.Popen[str]:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        command = [sys.executable, str(ROOT / script), *map(str, argv)]
+        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture(autouse=True)
+def _unchanged_torch() -> Iterator[None]:
+    """The programs choose deterministic kernels for the whole process; later tests must not notice."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantoms in BTCV's raw layout."""
+    folder = tmp_path_factory.mktemp("raw")
+    assert _main("datasets.phantom")(["--output", str(folder), "--cases", *map(str, TRAIN + TEST), "--shape", *map(str, SHAPE)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of preprocess/synapse.py for them; not to be written in."""
+    folder = tmp_path_factory.mktemp("prepared")
+    argv = ["--src_path", str(raw), "--dst_path", str(folder), "--allow_missing", "--num_workers", "1"]
+    assert _main("preprocess.synapse")(argv) == 0
+    return folder
+
+
+@pytest.fixture
+def data(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared data to damage; the list of slices is cut to the first four with labels of case 5 and two of case 6."""
+    folder = tmp_path / "data"
+    shutil.copytree(prepared, folder)
+    names = [*(f"case0005_slice{i:03d}" for i in range(3, 7)), "case0006_slice003", "case0006_slice004"]
+    (folder / "lists" / "train.txt").write_text("".join(f"{name}\n" for name in names))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: SAMed with vit_tiny and every parameter trained, enough steps that it finds the liver of a phantom it has not seen."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    recipe = ("--tune", "full", "--augment", "none", "--max_epochs", 16, "--AdamW", "--base_lr", 1e-3, "--warmup", "--warmup_period", 10)
+    assert _main("train")([str(a) for a in ("--root_path", prepared, "--output", folder, *TINY, *recipe)]) == 0
+    return folder
+
+
+@pytest.fixture
+def tiny_flags() -> tuple[object, ...]:
+    """Flags of train.py for the smallest run from a random start."""
+    return TINY
