@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--loss_resolution", default="low", choices=("low", "both"), help="loss at a quarter of img_size, or there and at img_size")
     add("--seed", type=int, default=1234, help="of weights, order and augmentation (default %(default)s)")
     add_deterministic(parser)
-    add("--num_workers", type=int, default=0, help="data loading processes; changes no number (default %(default)s)")
+    add("--num_workers", type=int, help="data loading processes; changes no number (default: 0 on a CPU, else one a core, at most 8)")
     add("--device", default="auto", choices=DEVICES, help="(default %(default)s)")
     return parser
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pgsam.engine.checkpoint import start_from
     from pgsam.engine.device import pick_device
     from pgsam.engine.flags import jsonable, parse, resolve_ckpt
-    from pgsam.engine.train import Recipe, RunFolder, seed_everything, train, write_provenance
+    from pgsam.engine.train import Recipe, RunFolder, default_workers, seed_everything, train, write_provenance
     from pgsam.models import build_model
     from pgsam.models.card import ModelCard
     from pgsam.sam.weights import require_file, sha256_of
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loss_resolution=args.loss_resolution,
         seed=args.seed,
         deterministic=bool(args.deterministic),
-        num_workers=args.num_workers,
+        num_workers=default_workers(device.type) if args.num_workers is None else args.num_workers,
     )
     run = RunFolder(args.output)
     write_provenance(run, ["python", "train.py", *(argv if argv is not None else sys.argv[1:])], jsonable(args), recipe, card)

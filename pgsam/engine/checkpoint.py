@@ -86,6 +86,7 @@ def load_model(
     img_size: int | None = None,
     input_size: int | None = None,
     device: str = "auto",
+    reports: Mapping[str, str] | str | Path | None = None,
     allow_other_base: bool = False,
     verbose: bool = True,
 ) -> SliceModel:
@@ -97,6 +98,7 @@ def load_model(
         img_size: side of the input in pixels; the checkpoint's by default (512 for SAMed's files, which do not say).
         input_size: see `ModelCard`; the checkpoint's by default (224 for SAMed's files).
         device: `auto`, `cpu`, `cuda` or `mps`.
+        reports: organ reports that replace those of the file, for modules that read text.
         allow_other_base: accept a SAM file with another sha256 than the one the checkpoint was trained on.
         verbose: print what a SAMed file leaves unsaid.
 
@@ -125,6 +127,8 @@ def load_model(
         num_classes=card.num_classes,
         rank=card.rank,
         class_names=card.class_names,
+        reports=reports,
+        class_tokens=card.class_tokens,
         verbose=False,
         **options,
     )

@@ -8,6 +8,7 @@ step, cross-entropy and Dice at low resolution. A run folder holds `config.json`
 import csv
 import dataclasses
 import json
+import os
 import random
 import shlex
 import time
@@ -105,6 +106,12 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # finds bugs of kernels, and costs a pass over memory
+
+
+def default_workers(device_type: str) -> int:
+    """Data loading processes: none beside a CPU that is busy with the model, else one a core, at most 8."""
+    return 0 if device_type == "cpu" else min(8, os.cpu_count() or 1)
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
@@ -171,7 +178,7 @@ def train(
         sampler=sampler,
         num_workers=recipe.num_workers,
         pin_memory=device.type == "cuda",
-        persistent_workers=False,
+        persistent_workers=recipe.num_workers > 0,  # the sampler tells them the epoch
     )
     total_steps = recipe.max_epochs * len(loader)
     run.write_json("env.json", environment(device))

@@ -1,6 +1,6 @@
 """One file a paper; `build_model` knows them by the names of the `--module` flag."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ def build_model(
     rank: int = 4,
     ckpt: str | Path | None = None,
     class_names: Sequence[str] | None = None,
+    reports: Mapping[str, str] | str | Path | None = None,
+    class_tokens: str = "learned",
     verbose: bool = True,
     **options: Any,
 ) -> SliceModel:
@@ -54,6 +56,8 @@ def build_model(
         rank: rank of LoRA.
         ckpt: official SAM file, or None for a random start.
         class_names: foreground classes in label order; Synapse's for 8 classes.
+        reports: organ reports, for modules that read text.
+        class_tokens: `learned`; modules that read text also know `text`.
         verbose: print the report on the weights.
         options: of the module, see `build_samed`.
 
@@ -66,6 +70,8 @@ def build_model(
     """
     if module not in BUILDERS:
         raise ValueError(f"module is one of {', '.join(BUILDERS)}, not {module!r}")
+    if reports is not None or class_tokens != "learned":
+        raise ValueError(f"{module} reads no text: it takes neither reports nor class_tokens other than 'learned'")
     names = resolve_class_names(num_classes, class_names)
     model = BUILDERS[module](vit_name=vit_name, img_size=img_size, class_names=names, rank=rank, **options)
     if ckpt is not None:

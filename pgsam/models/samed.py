@@ -6,7 +6,9 @@ query and value projections. Their published files (`epoch_159.pth`) are read an
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from pgsam.models.base import SliceModel
 from pgsam.sam.build import VITS, build_image_encoder, build_mask_decoder, build_prompt_encoder
 from pgsam.tuning.lora import LoRALinear, add_encoder_lora, add_projection_lora
 from pgsam.tuning.trainable import train_only
+from pgsam.volume_io import replacing
 
 SAMED = "sam_lora_image_encoder"
 SAMED_S = "sam_lora_image_encoder_mask_decoder"
@@ -148,6 +151,12 @@ def to_samed_state(model: SliceModel) -> dict[str, Tensor]:
         raise ValueError("a model without LoRA in its image encoder has no SAMed file")
     state = model.state_dict()
     return {theirs: state[ours].detach().cpu().clone() for theirs, ours in keys.items()}
+
+
+def save_samed(path: str | Path, model: SliceModel) -> None:
+    """Writes a file that SAMed's own programs read: tensors only, `to_samed_state`'s dict."""
+    with replacing(path) as temporary:
+        torch.save(to_samed_state(model), temporary)
 
 
 def from_samed_state(state: Mapping[str, Tensor], model: SliceModel, source: str) -> dict[str, Tensor]:

@@ -9,8 +9,10 @@ import nibabel
 import numpy as np
 import pytest
 
+from datasets.anatomy import make_patient
+from datasets.implicit import Structure
 from datasets.labels import BTCV_NAMES
-from datasets.phantom import Structure, main, make_patient, make_phantom, render, write_btcv
+from datasets.phantom import main, make_phantom, render, write_btcv
 from pgsam.errors import UserError
 
 ID = {name: i for i, name in enumerate(BTCV_NAMES, start=1)}
