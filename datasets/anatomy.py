@@ -10,6 +10,7 @@ organ's.
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np

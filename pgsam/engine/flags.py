@@ -19,8 +19,10 @@ from pgsam.sam.weights import OFFICIAL_FILES
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises a `UserError` instead of printing its usage and exiting, and never guesses abbreviated flags."""
 
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    def __init__(self, description: str | None, *, add_help: bool = True) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=add_help
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raises `message` as a UserError."""
@@ -29,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses `argv` over the values of `--config FILE.json`, if that is given: flag names without dashes as keys."""
-    finder = Parser(None)
+    finder = Parser(None, add_help=False)  # --help is the program's
     finder.add_argument("--config", type=Path)
     config = finder.parse_known_args([a for a in argv] if argv is not None else None)[0].config
     if config is not None:
