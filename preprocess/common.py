@@ -71,6 +71,7 @@ class Settings:
         image_kind, window: as `pgsam.volume_io.scale_intensity`; None for percentiles.
         orientation: axis codes that image and label are brought to; None keeps the order of the files.
         trim_classes: drop the classes above the highest one that occurs, for a label map made without knowing the labels.
+        strict_grid: refuse an image and a label whose headers place them apart; otherwise only their shapes must agree, and the distance is noted.
     """
 
     source_root: Path
@@ -79,6 +80,7 @@ class Settings:
     window: tuple[float, float] | None = None
     orientation: str | None = None
     trim_classes: bool = False
+    strict_grid: bool = True
 
 
 def preprocess(cases: Sequence[Case], settings: Settings, output: Path, *, num_workers: int = 0, overwrite: bool = False) -> dict[str, Any]:
@@ -126,6 +128,9 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
     lines[0] += f"{manifest['num_classes']} classes, orientation {', '.join(sorted(found))}"
     if len(found) > 1:
         lines.append("warning: the cases differ in orientation, so their slices are not alike; preprocess/nifti.py brings them to one")
+    apart = [name for name, entry in manifest["cases"].items() if entry["grid_distance_mm"] > _GRID_TOLERANCE_MM]
+    if apart:
+        lines.append(f"warning: the headers of image and label place them apart in {', '.join(apart)}; the arrays were paired as they are")
     return "\n".join(lines)
 
 
@@ -178,7 +183,7 @@ def process_case(case: Case, settings: Settings, output: Path) -> dict[str, Any]
     """
     fingerprint = _fingerprint(case, settings)  # before reading: a file that changes meanwhile is read again next time
     try:
-        image, label, source_orientation = _read_case(case, settings)
+        image, label, source_orientation, distance = _read_case(case, settings)
         window = intensity_window(image.array, settings.image_kind, settings.window)
     except UserError as error:
         raise UserError(f"case {case.name}: {error}") from error
@@ -217,13 +222,14 @@ def process_case(case: Case, settings: Settings, output: Path) -> dict[str, Any]
         "orientation": scaled.orientation,
         "source_orientation": source_orientation,
         "window": list(window),
+        "grid_distance_mm": round(distance, 6),
         "labels_present": [int(value) for value in np.unique(label) if value],
         "fingerprint": fingerprint,
     }
 
 
-def _read_case(case: Case, settings: Settings) -> tuple[Volume, np.ndarray, str]:
-    """Image, classes [D, H, W] uint8 on the same grid, and the orientation of the image's file."""
+def _read_case(case: Case, settings: Settings) -> tuple[Volume, np.ndarray, str, float]:
+    """Image, classes [D, H, W] uint8 on the same grid, the orientation of the image's file, and how far apart the headers place them, in mm."""
     image, label = read_volume(case.image), read_volume(case.label)
     source_orientation = image.orientation
     if settings.orientation is not None:
@@ -231,7 +237,7 @@ def _read_case(case: Case, settings: Settings) -> tuple[Volume, np.ndarray, str]
     if image.array.shape != label.array.shape:
         raise UserError(f"expected one shape, found {image.array.shape} in {case.image} and {label.array.shape} in {case.label}")
     distance = corner_distance_mm(image, label)
-    if distance > _GRID_TOLERANCE_MM:
+    if settings.strict_grid and distance > _GRID_TOLERANCE_MM:
         raise UserError(
             f"expected {case.image} and {case.label} on one grid, found corner voxels up to {distance:.3g} mm apart; "
             "resample the label onto the image or put its header right"
@@ -240,7 +246,7 @@ def _read_case(case: Case, settings: Settings) -> tuple[Volume, np.ndarray, str]
         classes = settings.label_map.apply(label.array)
     except UserError as error:
         raise UserError(f"{case.label}: {error}") from error
-    return image, classes, source_orientation
+    return image, classes, source_orientation, distance
 
 
 def _output_paths(case: Case, n_slices: int, output: Path) -> list[Path]:
@@ -264,7 +270,7 @@ def _relative(path: Path, settings: Settings) -> str:
 def _fingerprint(case: Case, settings: Settings) -> str:
     """Changes with the source files (size, time of change) and with everything that shapes the outputs."""
     files = [(_relative(path, settings), path.stat().st_size, path.stat().st_mtime_ns) for path in (case.image, case.label)]
-    made_by = (MANIFEST_FORMAT, settings.label_map, settings.image_kind, settings.window, settings.orientation)
+    made_by = (MANIFEST_FORMAT, settings.label_map, settings.image_kind, settings.window, settings.orientation, settings.strict_grid)
     return hashlib.sha256(repr((files, case.split, case.patient, made_by)).encode()).hexdigest()[:32]
 
 

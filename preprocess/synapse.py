@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     args = build_parser().parse_args(argv)
     cases = find_cases(args.src_path, allow_missing=args.allow_missing)
-    settings = Settings(args.src_path, load_label_map(args.label_map), "ct_window", CT_WINDOW)
+    # The published preprocessing pairs the arrays and never looks at the headers, so a rounded header must not stop it.
+    settings = Settings(args.src_path, load_label_map(args.label_map), "ct_window", CT_WINDOW, strict_grid=False)
     manifest = preprocess(cases, settings, args.dst_path, num_workers=args.num_workers, overwrite=args.overwrite)
     print(summary(manifest, args.dst_path))
     return 0

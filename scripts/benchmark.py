@@ -103,6 +103,9 @@ def metrics_stage(args: argparse.Namespace) -> dict[str, Any]:
     measured = min(args.classes, len(ORGANS))
     for kind in ("good", "messy"):
         pred, ref = label_volumes(kind, args.shape)
+        empty = [name for i, name in enumerate(ORGANS, start=1) if not ((pred == i).any() and (ref == i).any())]
+        if empty:
+            raise UserError(f"--shape {' '.join(map(str, args.shape))}: too coarse for {', '.join(empty)}; expected 40 96 96 or more")
         class_metrics(pred[:8], ref[:8], len(ORGANS))  # warm-up
         ours = [cpu_seconds(class_metrics, pred, ref, len(ORGANS)) for _ in range(args.rounds)]
         table, theirs = ours[0][1], []

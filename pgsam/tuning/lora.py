@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgsam.sam.image_encoder import ImageEncoder
-
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus `B_p A_p x` on each of some parts p of its output.
@@ -95,14 +93,15 @@ def lora_query_value(qkv: nn.Linear, rank: int) -> LoRALinear:
     return LoRALinear(qkv, rank, {"q": (0, dim), "v": (2 * dim, 3 * dim)})
 
 
-def add_encoder_lora(encoder: ImageEncoder, rank: int, blocks: Sequence[int] | None = None) -> None:
-    """Puts LoRA on the q and v projections of the encoder's attention, in the given blocks or in all of them."""
-    chosen = range(len(encoder.blocks)) if blocks is None else blocks
-    absent = [i for i in chosen if not 0 <= i < len(encoder.blocks)]
+def add_encoder_lora(encoder: nn.Module, rank: int, blocks: Sequence[int] | None = None) -> None:
+    """Puts LoRA on the q and v projections of an image encoder's attention (`blocks[i].attn.qkv`), in the given blocks or in all of them."""
+    depth = len(encoder.get_submodule("blocks"))  # type: ignore[arg-type]
+    chosen = range(depth) if blocks is None else blocks
+    absent = [i for i in chosen if not 0 <= i < depth]
     if absent:
-        raise ValueError(f"the encoder has blocks 0 to {len(encoder.blocks) - 1}, not {absent}")
+        raise ValueError(f"the encoder has blocks 0 to {depth - 1}, not {absent}")
     for i in chosen:
-        attention: nn.Module = encoder.blocks[i].attn  # type: ignore[assignment]
+        attention = encoder.get_submodule(f"blocks.{i}.attn")
         attention.qkv = lora_query_value(attention.get_submodule("qkv"), rank)  # type: ignore[arg-type]
 
 

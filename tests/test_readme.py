@@ -1,0 +1,73 @@
+"""Runs the commands of the README as they stand there, on phantoms and with shortened training."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BY_HAND = {"scripts/demo.sh", "scripts/test.sh"}  # from a fresh clone, by hand and by CI
+LONG = {"scripts/train_real_ct.sh", "scripts/train_demo.sh"}  # 20 minutes and an hour
+# What is added to a command so that it ends soon; the rest of it is the README's.
+SHORTENED = {"train.py": ["--stop_epoch", "1", "--batch_size", "2"], "scripts/benchmark.py": ["--shape", "40", "96", "96", "--rounds", "1"]}
+
+
+def readme_commands() -> list[list[str]]:
+    """Every command that the README shows, in its order: lines of bash blocks, and `python ...` or `bash ...` in running text."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines += re.findall(r"`((?:python|bash) [^`]+)`", prose)
+    return [shlex.split(line) for line in lines if line.strip()]
+
+
+def program_of(command: list[str]) -> str:
+    return command[1]
+
+
+def test_readme_names_programs_that_exist() -> None:
+    commands = readme_commands()
+    assert len(commands) >= 10
+    for command in commands:
+        assert command[0] in ("python", "bash"), command
+        assert (ROOT / program_of(command)).is_file(), command
+
+
+@pytest.mark.slow
+def test_readme_commands_run(sam_vit_b_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / sam_vit_b_file.name).symlink_to(sam_vit_b_file)
+    (tmp_path / "pairs.csv").write_text(
+        "case,image,label,split\n"
+        "first,data/raw/Training/img/img0005.nii.gz,data/raw/Training/label/label0005.nii.gz,train\n"
+        "second,data/raw/Training/img/img0008.nii.gz,data/raw/Training/label/label0008.nii.gz,test\n"
+    )
+    commands = [c for c in readme_commands() if program_of(c) not in BY_HAND | LONG]
+    commands.sort(key=lambda command: program_of(command) == "infer_demo.py")  # the README shows its use before the training
+    for command in commands:
+        program = program_of(command)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / program), *command[2:], *SHORTENED.get(program, [])],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "2" if "samed" in " ".join(command) else "1"},
+            check=False,
+        )
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        if program == "datasets/phantom.py":
+            shutil.copy(tmp_path / "data/raw/Training/img/img0022.nii.gz", tmp_path / "scan.nii.gz")
+        if program == "preprocess/synapse.py":  # vit_b at 512 px takes seconds a slice here
+            lists = tmp_path / "data/Synapse/lists"
+            for name, count in (("train.txt", 2), ("test_vol.txt", 1)):
+                lines = (lists / name).read_text().splitlines()
+                (lists / name).write_text("\n".join(lines[:count]) + "\n")
+    assert (tmp_path / "out/scan_seg.nii.gz").is_file()
+    assert (tmp_path / "results/samed/metrics.json").is_file()
+    assert len(list((tmp_path / "results/samed/predictions").iterdir())) == 3
