@@ -241,7 +241,7 @@ def test_image_and_label_of_different_shapes_or_headers(few, capsys):
     """The published arithmetic pairs arrays: another shape is an error, another header is said and nothing else."""
     src, dst = few
     image, label = (src / "Training" / folder / f"{folder}0005.nii.gz" for folder in ("img", "label"))
-    correct = np.array(nib.load(label).dataobj)  # type: ignore[attr-defined]
+    correct = np.asarray(nib.load(label).dataobj)  # type: ignore[attr-defined]
     nib.save(nib.Nifti1Image(np.zeros((7, 6, 5), np.uint8), LAS), label)
     assert run(src, dst, "--allow_missing") == 2
     error = capsys.readouterr().err
