@@ -21,5 +21,5 @@ mkdir -p "$work"
 } >"$work/pairs.csv"
 "$PYTHON" "$root/preprocess/nifti.py" --pairs "$work/pairs.csv" --output "$work/data" --label_map synapse8
 "$PYTHON" "$root/train.py" --root_path "$work/data" --output "$work/run" --module sam_lora_image_encoder --vit_name vit_tiny --ckpt none \
-    --tune full --img_size 224 --warmup --warmup_period 100 --AdamW --base_lr 0.001 --max_epochs 120 --num_workers 1
+    --tune full --img_size 224 --augment affine --warmup --warmup_period 200 --AdamW --base_lr 0.0005 --batch_size 8 --max_epochs 110
 "$PYTHON" "$root/test.py" --checkpoint "$work/run/final.safetensors" --volume_path "$work/data" --output_dir "$work/test" --is_savenii
