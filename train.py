@@ -81,7 +81,8 @@ def resolve(args: argparse.Namespace) -> None:
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    require_at_least(args, num_classes=1, rank=1, input_size=16, max_epochs=1, stop_epoch=1, batch_size=1, warmup_period=1, num_workers=0, seed=0)
+    require_at_least(args, num_classes=1, rank=1, input_size=16, max_epochs=1, stop_epoch=1, batch_size=1)
+    require_at_least(args, warmup_period=1, weight_decay=0, num_workers=0, seed=0)
     check_img_size(args.img_size)
     if args.stop_epoch > args.max_epochs:
         raise UserError(f"--stop_epoch {args.stop_epoch}: expected at most --max_epochs {args.max_epochs}, the length of the schedule")

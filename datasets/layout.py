@@ -64,7 +64,10 @@ def find_data(root: str | Path, subfolder: str, list_name: str, *, list_dir: str
     found = [folder / list_name for folder in candidates if (folder / list_name).is_file()]
     if not found:
         raise UserError(f"{list_name}: expected a list in {' or '.join(map(str, candidates))}, found none; give its folder with --list_dir")
-    lines = found[0].read_text(encoding="utf-8").splitlines()
+    try:
+        lines = found[0].read_text(encoding="utf-8-sig").splitlines()  # Windows editors put a mark before the first name
+    except UnicodeDecodeError as error:
+        raise UserError(f"{found[0]}: expected one name a line, found no UTF-8 text ({error}); write the list again") from error
     names = tuple(line.strip().removesuffix(".npy.h5").removesuffix(".npz") for line in lines if line.strip())
     if not names:
         raise UserError(f"{found[0]}: expected one name a line, found an empty list; run the preprocessing again")

@@ -5,6 +5,7 @@ epoch and its index only: the sampler hands the epoch to the dataset with the in
 """
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from pgsam.resample import resize_cubic, resize_nearest
 
 IMAGE_RANGE = (-0.5, 1.5)  # cubic down-sampling may overshoot [0, 1]; raw Hounsfield units never fit in here
 KEYS = ("image", "label")
+# What zipfile, zlib and numpy raise on damaged archives (RuntimeError: flags that say encrypted, or a method there is none of).
+_DAMAGE = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError)
 
 
 def check_slice_header(path: Path, case: str) -> None:
@@ -40,7 +43,9 @@ def check_slice_header(path: Path, case: str) -> None:
                     shapes[key], dtype = _npy_header(member)
                 if dtype.hasobject:
                     raise UserError(f"{path} ({case}): expected numbers in {key}, found pickled objects, which are never loaded; save it again")
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+                if dtype.kind not in "fiub":
+                    raise UserError(f"{path} ({case}): expected numbers in {key}, found {dtype}; save it again")
+    except _DAMAGE as error:
         raise UserError(f"{path} ({case}): expected an npz file, found a damaged or truncated one ({error}); make it again") from error
     check_shapes(path, case, shapes["image"], shapes["label"], 2)
 
@@ -84,7 +89,7 @@ def read_slice(path: Path, case: str, num_classes: int) -> tuple[np.ndarray, np.
     try:
         with np.load(path, allow_pickle=False) as archive:
             image, label = (archive[key] for key in KEYS)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, EOFError, OSError, KeyError) as error:
+    except (*_DAMAGE, KeyError, TypeError) as error:  # TypeError: a bare array named .npz
         raise UserError(f"{path} ({case}): expected an npz with image and label, found a damaged one ({error}); make it again") from error
     check_shapes(path, case, image.shape, label.shape, 2)
     return image.astype(np.float32, copy=False), check_values(path, case, image, label, num_classes)

@@ -11,6 +11,8 @@ from datasets.slices import KEYS, check_shapes, check_values
 from pgsam.errors import UserError
 from pgsam.volume_io import Volume, from_attributes, reorient
 
+_DAMAGE = (OSError, RuntimeError, KeyError, ValueError)  # what h5py raises on damaged files
+
 
 @dataclass(frozen=True, eq=False)
 class Case:
@@ -62,12 +64,12 @@ def check_case_header(path: Path, name: str) -> tuple[int, ...]:
         with h5py.File(path, "r") as file:
             missing = [key for key in KEYS if not isinstance(file.get(key), h5py.Dataset)]
             if missing:
-                raise UserError(f"{path} ({name}): expected the datasets image and label, found {', '.join(file) or 'none'}")
+                raise UserError(f"{path} ({name}): expected the datasets image and label, found {', '.join(map(str, file)) or 'none'}")
             for key in KEYS:
                 if file[key].dtype.kind not in "fiub":
                     raise UserError(f"{path} ({name}): expected numbers in {key}, found {file[key].dtype}; save it again")
             shapes = [file[key].shape for key in KEYS]
-    except OSError as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} ({name}): expected an h5 file, found a damaged or truncated one ({error}); make it again") from error
     check_shapes(path, name, shapes[0], shapes[1], 3)
     return shapes[0]
@@ -80,7 +82,7 @@ def read_case(path: Path, name: str, num_classes: int) -> Case:
         with h5py.File(path, "r") as file:
             image, label = (file[key][()] for key in KEYS)
             attributes = dict(file.attrs)
-    except (OSError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} ({name}): expected an h5 file, found a damaged one ({error}); make it again") from error
     label = check_values(path, name, image, label, num_classes)
     image = image.astype(np.float32, copy=False)

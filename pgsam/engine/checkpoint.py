@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from pgsam.engine.device import git_commit, pick_device
 from pgsam.errors import UserError
-from pgsam.models import SYNAPSE_CLASSES, build_model, resolve_class_names
+from pgsam.models import BUILDERS, SYNAPSE_CLASSES, build_model, resolve_class_names
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.samed import describe_samed_state, from_samed_state, is_samed_state
+from pgsam.sam.build import VITS
 from pgsam.sam.weights import OFFICIAL_FILES, fit_sam, read_sam, read_state_dict, require_file, resize_positions, sha256_of, vit_of
 from pgsam.volume_io import replacing
 
@@ -40,7 +41,10 @@ def save_release(path: str | Path, model: nn.Module, card: ModelCard) -> None:
     card = dataclasses.replace(card, git_commit=git_commit())
     tensors = trained_state(model, everything=card.sam_sha256 is None)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={METADATA_KEY: card.to_json()})
+        try:
+            save_file(tensors, temporary, metadata={METADATA_KEY: card.to_json()})
+        except SafetensorError as error:
+            raise UserError(f"{path}: cannot be written ({error}); check the free space") from error
 
 
 def read_card(path: str | Path) -> ModelCard:
@@ -59,7 +63,10 @@ def _read_release(path: Path, *, tensors: bool = True) -> tuple[ModelCard, dict[
         raise UserError(f"{path}: expected a .safetensors checkpoint, found a damaged or truncated file ({error})") from error
     if METADATA_KEY not in metadata:
         raise UserError(f"{path}: expected a checkpoint written by PG-SAM, found a .safetensors without a model card")
-    return ModelCard.from_json(metadata[METADATA_KEY], str(path)), state
+    card = ModelCard.from_json(metadata[METADATA_KEY], str(path))
+    if card.module not in BUILDERS or card.vit_name not in VITS:
+        raise UserError(f"{path}: expected a module and a ViT of this version, found {card.module} with {card.vit_name}; update PG-SAM")
+    return card, state
 
 
 def _read_samed(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
@@ -158,11 +165,11 @@ def _fill(model: SliceModel, state: Mapping[str, Tensor], path: Path, card: Mode
         "unknown": [name for name in state if name not in target],
         "of another shape": [name for name, value in state.items() if name in target and target[name].shape != value.shape],
     }
-    missing = {name for name in target if name not in state}
-    if missing:
+    frozen = set(target) - set(trained_state(model))
+    if frozen and not frozen & set(state):  # a file holds all that is frozen, or leaves it to the SAM file
         base = _base_tensors(model, path, card, ckpt, allow_other_base)
-        problems["absent"] = sorted(missing - set(base))
-        state = {**{name: base[name] for name in missing & set(base)}, **state}
+        state = {**{name: base[name] for name in frozen & set(base)}, **state}
+    problems["absent"] = [name for name in target if name not in state]
     for problem, names in problems.items():
         if names:
             raise UserError(
@@ -189,7 +196,7 @@ def start_from(model: SliceModel, checkpoint: str | Path, card: ModelCard) -> No
     """Loads the trained tensors of another run into `model`, to train on from there; `card` is the new run's.
 
     Raises:
-        UserError: the checkpoint is of another module, ViT, rank or number of classes, or lacks tensors.
+        UserError: the checkpoint is of another module, ViT, rank or number of classes, or its tensors do not fit.
     """
     path = Path(checkpoint)
     require_file(path, "a checkpoint (.safetensors of ours, or SAMed's .pth)")
@@ -199,11 +206,17 @@ def start_from(model: SliceModel, checkpoint: str | Path, card: ModelCard) -> No
         if getattr(other, name) != getattr(card, name):
             raise UserError(f"{path}: expected {name} {getattr(card, name)} as in this run, found {getattr(other, name)}")
     state = _at_size_of(model, state) if ours else from_samed_state(state, model, str(path))
-    wanted = trained_state(model)
-    missing, unknown = sorted(set(wanted) - set(state)), sorted(set(state) - set(model.state_dict()))
-    if missing or unknown:
-        raise UserError(f"{path}: does not fit this run; absent: {', '.join(missing[:5]) or 'none'}; unknown: {', '.join(unknown[:5]) or 'none'}")
-    model.load_state_dict(state, strict=False)  # what is not in it is frozen and comes from the SAM file
+    target, wanted = model.state_dict(), trained_state(model, everything=card.sam_sha256 is None)
+    problems = {
+        "absent": [name for name in wanted if name not in state],
+        "unknown": [name for name in state if name not in target],
+        "of another shape": [name for name in wanted if name in state and state[name].shape != target[name].shape],
+    }
+    for problem, names in problems.items():
+        if names:
+            raise UserError(f"{path}: does not fit this run, {len(names)} tensors are {problem}: {', '.join(sorted(names)[:5])}")
+    # With a SAM file, the frozen tensors are that file's whatever the checkpoint holds: the new run's checkpoint will not hold them.
+    model.load_state_dict({name: state[name] for name in wanted}, strict=False)
 
 
 def save_training_state(folder: str | Path, state: Mapping[str, Any]) -> None:
@@ -211,7 +224,10 @@ def save_training_state(folder: str | Path, state: Mapping[str, Any]) -> None:
     last, previous = Path(folder) / "last.pt", Path(folder) / "prev.pt"
 
     with replacing(last) as temporary:
-        torch.save(dict(state), temporary)
+        try:
+            torch.save(dict(state), temporary)
+        except RuntimeError as error:  # torch's way to say that the disk is full
+            raise UserError(f"{last}: cannot be written ({error}); check the free space") from error
         if last.exists():
             os.replace(last, previous)
 

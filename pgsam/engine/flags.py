@@ -12,7 +12,6 @@ from pgsam.engine.checkpoint import load_model, read_card
 from pgsam.engine.device import REPOSITORY
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
-from pgsam.sam.build import VITS
 from pgsam.sam.weights import OFFICIAL_FILES
 
 
@@ -20,9 +19,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises a `UserError` instead of printing its usage and exiting, and never guesses abbreviated flags."""
 
     def __init__(self, description: str | None, *, add_help: bool = True) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=add_help
-        )
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=add_help)
 
     def error(self, message: str) -> NoReturn:
         """Raises `message` as a UserError."""
@@ -44,23 +41,38 @@ def _apply_config(parser: Parser, path: Path) -> None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected a JSON object of flags for --config, found none ({error})") from error
-    actions = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
+    actions = {
+        option.lstrip("-"): action
+        for action in parser._actions
+        for option in action.option_strings
+        if action.dest not in ("help", "config") and not option.startswith("--no-")
+    }
     unknown = [name for name in values if name not in actions] if isinstance(values, dict) else ["(not an object)"]
     if unknown:
         raise UserError(f"{path}: expected flags of this program, found {', '.join(unknown)}; see --help")
     for name, value in values.items():
         action = actions[name]
-        if action.type is not None and value is not None:
-            try:
-                value = parser._get_value(action, str(value))  # type: ignore[attr-defined]
-            except argparse.ArgumentError as error:
-                raise UserError(f"{path}: {name}: {error.message}") from error
-        elif action.nargs == 0 and not isinstance(value, bool):
-            raise UserError(f"{path}: {name}: expected true or false, found {value!r}")
-        if action.choices is not None and value not in action.choices:
-            raise UserError(f"{path}: {name}: expected one of {', '.join(map(str, action.choices))}, found {value!r}")
-        parser.set_defaults(**{action.dest: value})
+        parser.set_defaults(**{action.dest: _config_value(parser, action, value, f"{path}: {name}")})
         action.required = False
+
+
+def _config_value(parser: Parser, action: argparse.Action, value: Any, place: str) -> Any:
+    """What the flag `action` would be, had its JSON `value` stood on the command line."""
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UserError(f"{place}: expected true or false, found {value!r}")
+        return value
+    if value is None and action.default is None and not action.required:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{place}: expected text or a number, found {value!r}")
+    try:
+        value = parser._get_value(action, str(value))  # type: ignore[attr-defined]
+    except argparse.ArgumentError as error:
+        raise UserError(f"{place}: {error.message}") from error
+    if action.choices is not None and value not in action.choices:
+        raise UserError(f"{place}: expected one of {', '.join(map(str, action.choices))}, found {value!r}")
+    return value
 
 
 def add_deterministic(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +111,9 @@ def resolve_ckpt(ckpt: str | None, vit_name: str) -> Path | None:
     if ckpt is not None:
         return None if ckpt.lower() == "none" else Path(ckpt)
     if vit_name not in OFFICIAL_FILES:
-        raise UserError(f"--vit_name {vit_name}: there is no SAM file of it; give --ckpt none for a random start, or one of {', '.join(VITS)}")
+        raise UserError(
+            f"--vit_name {vit_name}: there is no SAM file of it; give --ckpt none for a random start, or one of {', '.join(OFFICIAL_FILES)}"
+        )
     default = Path("checkpoints") / OFFICIAL_FILES[vit_name]
     return default if default.is_file() or not (REPOSITORY / default).is_file() else REPOSITORY / default
 
@@ -118,7 +132,9 @@ def open_model(args: argparse.Namespace, device: torch.device) -> SliceModel:
         given, stored = getattr(args, name), getattr(card, name)
         if given is not None and given != stored:
             raise UserError(f"--{name} {given}: {path} was trained with {stored}; leave the flag out or give another checkpoint")
-    ckpt = resolve_ckpt(args.ckpt, card.vit_name) if samed or card.sam_sha256 else None
+    needed = samed or card.sam_sha256
+    found_by_name = args.ckpt is not None or card.vit_name in OFFICIAL_FILES  # otherwise load_model says what it needs
+    ckpt = resolve_ckpt(args.ckpt, card.vit_name) if needed and found_by_name else None
     chosen = {name: getattr(args, name) for name in sizes}
     return load_model(path, ckpt=ckpt, device=str(device), allow_other_base=args.allow_other_base, **chosen)
 

@@ -105,7 +105,7 @@ def data(prepared: Path, tmp_path: Path) -> Path:
 def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder: SAMed with vit_tiny and every parameter trained, enough steps that it finds the liver of a phantom it has not seen."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    recipe = ("--tune", "full", "--augment", "none", "--max_epochs", 16, "--AdamW", "--base_lr", 1e-3, "--warmup", "--warmup_period", 10)
+    recipe = ("--tune", "full", "--augment", "none", "--max_epochs", 12, "--AdamW", "--base_lr", 1e-3, "--warmup", "--warmup_period", 10)
     assert _main("train")([str(a) for a in ("--root_path", prepared, "--output", folder, *VIT_TINY, *RANDOM_START, *recipe)]) == 0
     return folder
 

@@ -1,6 +1,7 @@
 """The programs from end to end: raw phantoms, preprocessing, training, testing and segmenting a scan, and SAMed's commands as published."""
 
 import csv
+import importlib
 import json
 import shlex
 import shutil
@@ -81,12 +82,12 @@ def test_training_leaves_a_complete_run_folder(trained, prepared):
     expected = {"config.json", "command.txt", "env.json", "log.txt", "history.csv", "tensorboard", "last.pt", "prev.pt", "final.safetensors"}
     assert {path.name for path in trained.iterdir()} == expected
     rows = history(trained)
-    assert [(int(row["epoch"]), int(row["step"])) for row in rows] == [(epoch, 5 * epoch) for epoch in range(1, 17)]  # 30 slices by 6
+    assert [(int(row["epoch"]), int(row["step"])) for row in rows] == [(epoch, 5 * epoch) for epoch in range(1, 13)]  # 30 slices by 6
     assert float(rows[-1]["loss"]) < 0.6 * float(rows[0]["loss"])
     command = shlex.split((trained / "command.txt").read_text())
     assert command[:4] == ["python", "train.py", "--root_path", str(prepared)]
     flags = strict_json(trained / "config.json")["flags"]
-    assert (flags["root_path"], flags["max_epochs"], flags["warmup"], flags["AdamW"]) == (str(prepared), 16, True, True)
+    assert (flags["root_path"], flags["max_epochs"], flags["warmup"], flags["AdamW"]) == (str(prepared), 12, True, True)
     assert strict_json(trained / "env.json")["device"] == "cpu"
     assert any((trained / "tensorboard").iterdir())
 
@@ -186,7 +187,7 @@ def test_the_scores_are_those_of_the_saved_files(tested):
 
 def test_a_trained_model_finds_the_liver_of_a_phantom_it_has_not_seen(tested):
     results = strict_json(tested / "metrics.json")
-    assert results["summary"]["strict"]["organs"]["liver"]["dsc"]["mean"] > 0.3  # an untrained one: below 0.1
+    assert results["summary"]["strict"]["organs"]["liver"]["dsc"]["mean"] > 0.25
 
 
 def test_predictions_follow_the_published_slice_protocol(tested, trained, prepared):
@@ -291,9 +292,11 @@ def test_training_goes_on_from_the_tensors_of_another_run(call, data, sam_tiny_f
 @pytest.fixture
 def short(call, data, from_scratch, tmp_path):
     """`short(name, *flags)` trains four steps and returns the final weights."""
+    slices = data / "lists" / "train.txt"
+    slices.write_text("".join(slices.read_text().splitlines(keepends=True)[2:]))  # four
 
     def run(name, *flags, root=data):
-        result = call("train", "--root_path", root, "--output", tmp_path / name, *from_scratch, "--batch_size", 3, "--max_epochs", 2, *flags)
+        result = call("train", "--root_path", root, "--output", tmp_path / name, *from_scratch, "--batch_size", 2, "--max_epochs", 2, *flags)
         assert (result.code, result.err) == (0, "")
         return weights(tmp_path / name)
 
@@ -312,7 +315,7 @@ def test_what_must_not_change_the_weights(short, data, tmp_path):
 def test_every_flag_of_training_changes_the_weights(short):
     found = {"": short("reference")}
     flags = [
-        "--seed 1", "--augment none", "--batch_size 2", "--base_lr 0.004", "--warmup", "--AdamW", "--weight_decay 0.1", "--dice_param 0.5",
+        "--seed 1", "--augment none", "--batch_size 3", "--base_lr 0.004", "--warmup", "--AdamW", "--weight_decay 0.1", "--dice_param 0.5",
         "--loss_resolution both", "--max_epochs 3 --stop_epoch 2", "--stop_epoch 1", "--warmup --warmup_period 3", "--input_size 64",
         "--img_size 48", "--rank 2", "--tune full", f"--module {SAMED_S}",
     ]  # fmt: skip
@@ -351,7 +354,7 @@ def test_the_batch_of_testing_changes_no_label(call, trained, data, tmp_path):
 def test_a_config_file_lies_under_the_command_line(call, short, data, tmp_path):
     content = {
         "root_path": str(data), "output": str(tmp_path / "unused"), "vit_name": "vit_tiny", "ckpt": "none", "img_size": 64, "input_size": 56,
-        "batch_size": 3, "max_epochs": 2, "device": "cpu", "warmup": True, "base_lr": 0.001, "AdamW": False, "seed": 7,
+        "batch_size": 2, "max_epochs": 2, "device": "cpu", "warmup": True, "base_lr": 0.001, "AdamW": False, "seed": 7,
     }  # fmt: skip
     (tmp_path / "flags.json").write_text(json.dumps(content))
     expected = short("flags", "--warmup", "--base_lr", 0.002, "--seed", 7)
@@ -447,15 +450,25 @@ PROGRAMS = {
 }
 
 
-def test_help_from_another_folder(shell, tmp_path):
-    running = {script: shell(tmp_path, script, "--help") for script in PROGRAMS}
-    for script, process in running.items():
+@pytest.mark.parametrize("script", PROGRAMS)
+def test_help_is_the_manual_and_all_flags(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    program = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    with pytest.raises(SystemExit) as left:
+        program.main(["--help"])
+    out, err = capsys.readouterr()
+    assert (left.value.code, err) == (0, "")
+    assert program.__doc__.strip() in out
+    for flag in PROGRAMS[script]:
+        assert flag in out
+
+
+def test_a_script_in_a_subfolder_runs_from_another_folder(shell, tmp_path):
+    for script in ("preprocess/synapse.py", "preprocess/nifti.py", "datasets/phantom.py"):
+        process = shell(tmp_path, script, "--help")
         out, err = process.communicate(timeout=120)
         assert (process.returncode, err) == (0, ""), script
-        manual = (ROOT / script).read_text().split('"""')[1].strip().splitlines()[0]
-        assert manual in out, script
-        for flag in PROGRAMS[script]:
-            assert flag in out, (script, flag)
+        assert PROGRAMS[script][0] in out
     assert not any(tmp_path.iterdir())
 
 
@@ -467,6 +480,7 @@ def test_all_steps_from_another_folder(shell, from_scratch, tmp_path):
         assert process.returncode == 0, (script, err)
         return out
 
+    assert all(PROGRAMS[script][0] in run(script, "--help") for script in PROGRAMS)
     run("datasets/phantom.py", "--output", "raw", "--cases", 5, 8, "--shape", 4, 48, 48)
     assert "4 training slices of 1 cases, 1 test volumes, 8 classes" in run(
         "preprocess/synapse.py", "--src_path", "raw", "--dst_path", "data/Synapse", "--allow_missing", "--num_workers", 2
