@@ -15,42 +15,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pgsam.errors import UserError, reports_user_errors
+from pgsam.errors import Parser, UserError, reports_user_errors
 
 HERE = Path(__file__).resolve().parent
 DEMO_CHECKPOINT = HERE / "checkpoints" / "demo.safetensors"
 DEMO_CASE = HERE / "checkpoints" / "demo_case.npy.h5"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The flags of infer_demo.py."""
-    from pgsam.engine.device import DEVICES
-    from pgsam.engine.flags import Parser
-    from pgsam.models import BUILDERS
-    from pgsam.sam.build import VITS
+    from pgsam.engine.flags import add_model_flags
 
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--config", metavar="FILE.json", help="flags as JSON; the command line goes before it")
     add("-i", "--input", type=Path, help="scan, .nii or .nii.gz (default: the bundled phantom)")
     add("-o", "--output", type=Path, default=Path("demo_output"), help="folder of the results (default %(default)s)")
-    add(
-        "--checkpoint",
-        "--lora_ckpt",
-        type=Path,
-        default=DEMO_CHECKPOINT,
-        help="release file of ours, or SAMed's .pth (default: the bundled)",
-    )
-    add("--ckpt", help="official SAM file (default checkpoints/<Meta's name>), read only if the checkpoint needs it")
-    add("--allow_other_base", action="store_true", help="accept a SAM file with another sha256 than in training")
-    add("--module", choices=list(BUILDERS), help="must be the checkpoint's")
-    add("--vit_name", choices=list(VITS), help="must be the checkpoint's")
-    add("--rank", type=int, help="must be the checkpoint's")
-    add("--num_classes", type=int, help="must be the checkpoint's")
-    add("--img_size", type=int, help="must be the checkpoint's; SAMed's files do not say theirs (default 512)")
-    add("--input_size", type=int, help="must be the checkpoint's; SAMed's files do not say theirs (default 224)")
-    add("--batch_size", type=int, help="slices at a time (default: by image size and device)")
-    add("--device", default="auto", choices=DEVICES, help="(default %(default)s)")
+    add_model_flags(parser, checkpoint=DEMO_CHECKPOINT)
     return parser
 
 
@@ -58,12 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
     from pgsam.engine.device import pick_device
-    from pgsam.engine.flags import check_img_size, open_model, parse, require_at_least
+    from pgsam.engine.flags import check_model_flags, open_model, parse
 
-    args = parse(build_parser(), argv)  # type: ignore[arg-type]
-    require_at_least(args, rank=1, num_classes=1, input_size=16, batch_size=1)
-    if args.img_size is not None:
-        check_img_size(args.img_size)
+    args = parse(build_parser(), argv)
+    check_model_flags(args)
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"{args.output}: expected a folder for the results, found a file; give another -o")
     if args.input is None:

@@ -8,44 +8,29 @@ ViT, rank, classes and sizes come from the checkpoint; a flag that contradicts i
 test_log/log.txt, overlays/ and, with --is_savenii, predictions/*.nii.gz on the grid of the original scans, all at once when every case has passed.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from pgsam.errors import UserError, reports_user_errors
+from pgsam.errors import Parser, UserError, reports_user_errors
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The flags of test.py."""
     from datasets.labels import DATASETS
-    from pgsam.engine.device import DEVICES
-    from pgsam.engine.flags import Parser, add_deterministic
-    from pgsam.models import BUILDERS
-    from pgsam.sam.build import VITS
+    from pgsam.engine.flags import add_deterministic, add_model_flags
 
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--config", metavar="FILE.json", help="flags as JSON; the command line goes before it")
-    add("--checkpoint", "--lora_ckpt", required=True, type=Path, help="release file of ours, or SAMed's .pth")
-    add("--ckpt", help="official SAM file (default checkpoints/<Meta's name>), read only if the checkpoint needs it")
-    add("--allow_other_base", action="store_true", help="accept a SAM file with another sha256 than in training")
+    add_model_flags(parser)
     add("--volume_path", "--data_dir", default="testset/test_vol_h5", help="prepared folder, or its test_vol_h5 (default %(default)s)")
     add("--dataset", default="Synapse", choices=list(DATASETS), help="names the default list folder (default %(default)s)")
     add("--list_dir", help="folder of test_vol.txt")
     add("--output_dir", default="test_output", help="results; must not hold any yet (default %(default)s)")
     add("--is_savenii", action="store_true", help="write predictions, images and references as NIfTI")
-    add("--module", choices=list(BUILDERS), help="must be the checkpoint's")
-    add("--vit_name", choices=list(VITS), help="must be the checkpoint's")
-    add("--rank", type=int, help="must be the checkpoint's")
-    add("--num_classes", type=int, help="must be the checkpoint's")
-    add("--img_size", type=int, help="must be the checkpoint's; SAMed's files do not say theirs (default 512)")
-    add("--input_size", type=int, help="must be the checkpoint's; SAMed's files do not say theirs (default 224)")
     add("--allow_overlap", action="store_true", help="test on patients that the checkpoint was trained on")
     add("--seed", type=int, default=1234, help="of every random generator (default %(default)s)")
     add_deterministic(parser)
-    add("--batch_size", type=int, help="slices at a time (default: by image size and device)")
-    add("--device", default="auto", choices=DEVICES, help="(default %(default)s)")
     return parser
 
 
@@ -56,13 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from datasets.volumes import case_path, check_case_header
     from pgsam.engine.device import environment, pick_device
     from pgsam.engine.evaluate import evaluate
-    from pgsam.engine.flags import check_img_size, jsonable, open_model, parse, require_at_least
+    from pgsam.engine.flags import check_model_flags, jsonable, open_model, parse, require_at_least
     from pgsam.engine.train import seed_everything
 
-    args = parse(build_parser(), argv)  # type: ignore[arg-type]
-    require_at_least(args, rank=1, num_classes=1, input_size=16, batch_size=1, seed=0)
-    if args.img_size is not None:
-        check_img_size(args.img_size)
+    args = parse(build_parser(), argv)
+    check_model_flags(args)
+    require_at_least(args, seed=0)
     device = pick_device(args.device)
     folder = find_data(args.volume_path, "test_vol_h5", "test_vol.txt", list_dir=args.list_dir, dataset=args.dataset)
     for name in folder.names:
@@ -78,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings={"flags": jsonable(args)},
         batch_size=args.batch_size,
         save_nifti=args.is_savenii,
-        run=environment(device),
+        run={**environment(device), "world_size": 1},
     )
     return 0
 

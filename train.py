@@ -15,19 +15,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pgsam.errors import UserError, reports_user_errors
+from pgsam.errors import Parser, UserError, reports_user_errors
 
 # What each published method was trained with: 512 px, lr 0.005, 200 epochs of which 160 are run.
 SAMED_RECIPE = {"img_size": 512, "base_lr": 0.005, "max_epochs": 200, "stop_epoch": 160, "warmup": False, "AdamW": False}
 RECIPES = {"sam_lora_image_encoder": SAMED_RECIPE, "sam_lora_image_encoder_mask_decoder": SAMED_RECIPE}
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The flags of train.py."""
     from datasets.augment import AUGMENTATIONS
     from datasets.labels import DATASETS
     from pgsam.engine.device import DEVICES
-    from pgsam.engine.flags import Parser, add_deterministic
+    from pgsam.engine.flags import add_deterministic
     from pgsam.models import BUILDERS, DEFAULT_MODULE
     from pgsam.sam.build import VITS
 
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vit_name", default="vit_b", choices=list(VITS), help="image encoder (default %(default)s)")
     add("--ckpt", help="official SAM file (default checkpoints/<Meta's name>), or none for a random start")
     add("--lora_ckpt", help="start from the trained tensors of this checkpoint (ours or SAMed's .pth)")
-    add("--rank", type=int, default=4, help="rank of LoRA (default %(default)s)")
+    add("--rank", type=int, help="rank of LoRA (default 4)")
     add("--tune", default="lora", choices=("lora", "full"), help="train LoRA, prompt encoder and decoder, or every parameter")
     add("--img_size", type=int, help="side of the network's input, a multiple of 16 (by module)")
     add("--input_size", type=int, default=224, help="slices go to this size first, then to img_size (default %(default)s)")
@@ -90,7 +90,11 @@ def resolve(args: argparse.Namespace) -> None:
         raise UserError(f"--base_lr {args.base_lr}: expected a positive number")
     if not 0 <= args.dice_param <= 1:
         raise UserError(f"--dice_param {args.dice_param}: expected a number from 0 to 1")
-    if args.rank > vit_sizes(args.vit_name).out_chans:
+    if args.tune == "full" and args.rank is not None:
+        raise UserError(f"--rank {args.rank}: --tune full trains every parameter and has no LoRA; leave --rank out")
+    if args.tune == "lora" and args.rank is None:
+        args.rank = 4
+    if args.rank is not None and args.rank > vit_sizes(args.vit_name).out_chans:
         raise UserError(f"--rank {args.rank}: expected at most {vit_sizes(args.vit_name).out_chans}, the decoder's width")
     if args.tune == "full" and args.module != "sam_lora_image_encoder":
         raise UserError(f"--tune full: trains every parameter, which leaves nothing of --module {args.module}; use sam_lora_image_encoder")
@@ -113,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pgsam.tuning.trainable import trainable_report
     from pgsam.volume_io import BTCV_ORIENTATION, CT_WINDOW
 
-    args = parse(build_parser(), argv)  # type: ignore[arg-type]
+    args = parse(build_parser(), argv)
     resolve(args)
     device = pick_device(args.device)
     RunFolder.check_free(args.output)
@@ -145,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         img_size=args.img_size,
         num_classes=len(names),
         class_names=names,
-        rank=args.rank,
+        rank=args.rank or 4,
         ckpt=ckpt,
         **options,
     )

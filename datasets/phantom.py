@@ -28,7 +28,7 @@ if __package__ in (None, ""):
 
 from datasets.anatomy import FAT_HU, Patient, diaphragm, make_patient
 from datasets.implicit import Point, Space, Structure, coverage, slope_of, squircle
-from pgsam.errors import UserError, reports_user_errors
+from pgsam.errors import Parser, UserError, reports_user_errors
 
 FIELD_OF_VIEW_MM = (200.0, 384.0, 384.0)
 DEFAULT_SHAPE = (40, 256, 256)
@@ -248,7 +248,7 @@ def write_btcv(
 
 def build_parser() -> argparse.ArgumentParser:
     """The program's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder that gets Training/img and Training/label")
     parser.add_argument("--cases", type=int, nargs="+", required=True, help="case numbers, 0 to 9999")
     parser.add_argument("--shape", type=int, nargs=3, default=DEFAULT_SHAPE, metavar=("D", "H", "W"), help="voxels (default: 40 256 256)")

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from pgsam.resample import resize_cubic, resize_nearest
 IMAGE_RANGE = (-0.5, 1.5)  # cubic down-sampling may overshoot [0, 1]; raw Hounsfield units never fit in here
 KEYS = ("image", "label")
 # What zipfile, zlib and numpy raise on damaged archives (RuntimeError: flags that say encrypted, or a method there is none of).
-_DAMAGE = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError)
+_DAMAGE = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError, TokenError)
 
 
 def check_slice_header(path: Path, case: str) -> None:
@@ -87,7 +88,7 @@ def check_values(path: Path, case: str, image: np.ndarray, label: np.ndarray, nu
 def read_slice(path: Path, case: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Image (float32) and label (uint8) of a slice, both [H, W]; a UserError names file and case if either is not valid."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             image, label = (archive[key] for key in KEYS)
     except (*_DAMAGE, KeyError, TypeError) as error:  # TypeError: a bare array named .npz
         raise UserError(f"{path} ({case}): expected an npz with image and label, found a damaged one ({error}); make it again") from error

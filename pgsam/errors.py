@@ -3,9 +3,11 @@
 Programs turn it into that line on stderr and exit code 2; anything else that is raised is a bug of ours and keeps its traceback.
 """
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -13,6 +15,17 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(str(message).split()))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises a `UserError` instead of printing its usage and exiting, and never guesses abbreviated flags."""
+
+    def __init__(self, description: str | None, *, add_help: bool = True) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=add_help)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `message` as a UserError."""
+        raise UserError(f"{message} (see --help)")
 
 
 def reports_user_errors(main: Callable[..., int]) -> Callable[..., int]:

@@ -26,7 +26,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.labels import LabelMap, identity_label_map, load_label_map
-from pgsam.errors import UserError, reports_user_errors
+from pgsam.errors import Parser, UserError, reports_user_errors
 from pgsam.volume_io import BTCV_ORIENTATION, CT_WINDOW, IMAGE_KINDS
 from preprocess.common import Case, Settings, add_common_arguments, preprocess, summary
 
@@ -185,7 +185,7 @@ def _nifti_files(folder: Path) -> dict[str, Path]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pairs", type=Path, help="CSV file with the columns case, image, label, split and perhaps patient")
     source.add_argument("--nnunet", type=Path, help="nnU-Net dataset folder")

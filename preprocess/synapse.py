@@ -21,7 +21,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.labels import load_label_map
-from pgsam.errors import UserError, reports_user_errors
+from pgsam.errors import Parser, UserError, reports_user_errors
 from pgsam.volume_io import CT_WINDOW
 from preprocess.common import Case, Settings, add_common_arguments, preprocess, summary
 
@@ -79,7 +79,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--src_path", type=Path, required=True, help="folder that holds Training/img and Training/label")
     parser.add_argument("--dst_path", type=Path, required=True, help="output folder")
     parser.add_argument("--label_map", default="synapse8", help="name in datasets/labels.py or a JSON file (default %(default)s)")

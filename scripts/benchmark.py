@@ -22,7 +22,7 @@ from scipy.ndimage import gaussian_filter
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pgsam.errors import UserError, reports_user_errors
+from pgsam.errors import Parser, UserError, reports_user_errors
 
 # Centre and half axes of eight organs as fractions of the volume, the sizes of a typical abdomen.
 ORGANS = {
@@ -40,7 +40,7 @@ STAGES = ("metrics",)
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--stage", choices=STAGES, default="metrics", help="(default %(default)s)")
     parser.add_argument("--shape", type=int, nargs=3, default=(150, 512, 512), metavar=("D", "H", "W"), help="(default 150 512 512)")
     parser.add_argument("--classes", type=int, default=len(ORGANS), help="how many classes MedPy computes; its time is scaled to all (default all)")

@@ -13,12 +13,12 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pgsam.errors import UserError, reports_user_errors
+from pgsam.errors import Parser, UserError, reports_user_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="release file of ours")
     parser.add_argument("--ckpt", help="official SAM file it was trained on (default checkpoints/<Meta's name>)")
     parser.add_argument("--output", type=Path, required=True, help=".pth to write")

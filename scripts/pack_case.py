@@ -13,12 +13,12 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pgsam.errors import reports_user_errors
+from pgsam.errors import Parser, reports_user_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help="volume written by preprocess/")
     parser.add_argument("target", type=Path, help="file to write")
     return parser

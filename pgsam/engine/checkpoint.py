@@ -132,7 +132,7 @@ def load_model(
         vit_name=card.vit_name,
         img_size=card.img_size,
         num_classes=card.num_classes,
-        rank=card.rank,
+        rank=card.rank or 4,
         class_names=card.class_names,
         reports=reports,
         class_tokens=card.class_tokens,

@@ -1,29 +1,20 @@
-"""What the command-line programs share: a parser whose errors are one line, a config file under the command line, checks of common flags."""
+"""What the command-line programs share: a config file under the command line, common flags and their checks, opening a model."""
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from pgsam.engine.checkpoint import load_model, read_card
-from pgsam.engine.device import REPOSITORY
-from pgsam.errors import UserError
+from pgsam.engine.device import DEVICES, REPOSITORY
+from pgsam.errors import Parser, UserError
+from pgsam.models import BUILDERS
 from pgsam.models.base import SliceModel
+from pgsam.sam.build import VITS
 from pgsam.sam.weights import OFFICIAL_FILES
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises a `UserError` instead of printing its usage and exiting, and never guesses abbreviated flags."""
-
-    def __init__(self, description: str | None, *, add_help: bool = True) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=add_help)
-
-    def error(self, message: str) -> NoReturn:
-        """Raises `message` as a UserError."""
-        raise UserError(f"{message} (see --help)")
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -73,6 +64,30 @@ def _config_value(parser: Parser, action: argparse.Action, value: Any, place: st
     if action.choices is not None and value not in action.choices:
         raise UserError(f"{place}: expected one of {', '.join(map(str, action.choices))}, found {value!r}")
     return value
+
+
+def add_model_flags(parser: argparse.ArgumentParser, *, checkpoint: Path | None = None) -> None:
+    """The flags that `open_model` reads; `checkpoint` is the default of `--checkpoint`, which is required without one."""
+    add = parser.add_argument
+    what = "release file of ours, or SAMed's .pth" + (" (default: the bundled one)" if checkpoint else "")
+    add("--checkpoint", "--lora_ckpt", type=Path, default=checkpoint, required=checkpoint is None, help=what)
+    add("--ckpt", help="official SAM file (default checkpoints/<Meta's name>), read only if the checkpoint needs it")
+    add("--allow_other_base", action="store_true", help="accept a SAM file with another sha256 than in training")
+    add("--module", choices=list(BUILDERS), help="must be the checkpoint's")
+    add("--vit_name", choices=list(VITS), help="must be the checkpoint's")
+    add("--rank", type=int, help="must be the checkpoint's")
+    add("--num_classes", type=int, help="must be the checkpoint's")
+    add("--img_size", type=int, help="must be the checkpoint's; SAMed's files do not say theirs (default 512)")
+    add("--input_size", type=int, help="must be the checkpoint's; SAMed's files do not say theirs (default 224)")
+    add("--batch_size", type=int, help="slices at a time (default: by image size and device)")
+    add("--device", default="auto", choices=DEVICES, help="(default %(default)s)")
+
+
+def check_model_flags(args: argparse.Namespace) -> None:
+    """Checks the values of `add_model_flags` that need no file."""
+    require_at_least(args, rank=1, num_classes=1, input_size=16, batch_size=1)
+    if args.img_size is not None:
+        check_img_size(args.img_size)
 
 
 def add_deterministic(parser: argparse.ArgumentParser) -> None:

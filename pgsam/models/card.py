@@ -16,6 +16,7 @@ class ModelCard:
     """What a release file says of its model, beside the tensors.
 
     `training_cases` and `training_patients` are None where they are not known. `window` is (lo, hi) in HU for `image_kind` `ct_window`.
+    `rank` is None where there is no LoRA.
     """
 
     module: str
@@ -23,7 +24,7 @@ class ModelCard:
     img_size: int
     input_size: int
     class_names: tuple[str, ...]
-    rank: int = 4
+    rank: int | None = 4
     orientation: str = BTCV_ORIENTATION
     image_kind: str = "ct_window"
     window: tuple[float, float] | None = CT_WINDOW

@@ -21,7 +21,8 @@ from pgsam.errors import UserError
 from pgsam.sam.build import VITS
 
 OFFICIAL_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_h": "sam_vit_h_4b8939.pth"}
-SAM_PARTS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
+# What torch raises on damaged files, beside UnpicklingError.
+_DAMAGE = (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError, AssertionError)
 
 
 @dataclass
@@ -77,7 +78,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
                 f"{path}: expected tensors only, found pickled objects that could run code when loaded; re-save its state dict"
             ) from error
         raise UserError(_not_torch(path)) from error
-    except (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError) as error:  # torch's ways to fail on damage
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        OSError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        AssertionError,
+    ) as error:  # torch's ways to fail on damage
         raise UserError(_not_torch(path)) from error
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         inside = f"a dict with {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, Mapping) else type(state).__name__

@@ -431,7 +431,7 @@ class Trap:
         return open, ("trap", "w")
 
 
-class full_disk:  # noqa: N801 (reads as a context)
+class full_disk:
     """No file may grow beyond so many bytes: what a full disk does to a writer."""
 
     def __init__(self, free: int) -> None:
