@@ -1,9 +1,13 @@
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+from torch import nn
 
 from pgsam import build_model, load_model
 from pgsam.errors import UserError
@@ -36,6 +40,51 @@ def test_equals_the_published_implementation(published: tuple, synthetic: Module
     np.testing.assert_allclose(out["iou_predictions"], vectors[f"{module}_224_iou"], rtol=0, atol=1e-4)
     agreement = (out["masks"].argmax(1).numpy() == vectors[f"{module}_224_label"]).mean()
     assert agreement >= 0.9999
+
+
+def test_equals_segment_anythings_own_modules_at_512(synthetic: ModuleType, sam_vit_b_file: Path, tmp_path: Path) -> None:
+    """The published way from public packages: SAM's encoder with the update added to its weights, bilinear positions, SAM's decoder."""
+    sam, samed = synthetic.synthetic_sam("vit_b"), synthetic.synthetic_samed(dim=768, depth=12, num_classes=8)
+    torch.save(samed, tmp_path / "epoch_159.pth")
+    weights = {key.removeprefix("image_encoder."): value for key, value in sam.items() if key.startswith("image_encoder.")}
+    position = weights["pos_embed"].permute(0, 3, 1, 2)
+    weights["pos_embed"] = F.interpolate(position, (32, 32), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    for key in [f"blocks.{block}.attn.rel_pos_{axis}" for block in (2, 5, 8, 11) for axis in "hw"]:
+        weights[key] = F.interpolate(weights[key][None, None], (63, 64), mode="bilinear", align_corners=False)[0, 0]
+    for block in range(12):
+        fused = weights[f"blocks.{block}.attn.qkv.weight"]
+        for offset, rows in enumerate((slice(768), slice(-768, None))):
+            fused[rows] += samed[f"w_b_{2 * block + offset:03d}"] @ samed[f"w_a_{2 * block + offset:03d}"]
+    encoder = build_reference_encoder(512)
+    encoder.load_state_dict(weights)
+    prompts = PromptEncoder(256, (32, 32), (512, 512), 16)
+    prompts.load_state_dict({k.removeprefix("prompt_encoder."): v for k, v in samed.items() if k.startswith("prompt_encoder.")})
+    decoder = MaskDecoder(transformer_dim=256, transformer=TwoWayTransformer(2, 256, 8, 2048), num_multimask_outputs=8)
+    decoder.load_state_dict({k.removeprefix("mask_decoder."): v for k, v in samed.items() if k.startswith("mask_decoder.")})
+    model = load_model(tmp_path / "epoch_159.pth", ckpt=sam_vit_b_file, device="cpu", verbose=False)
+    images = synthetic.synthetic_image(512)
+    with torch.no_grad():
+        expected, iou = decoder.predict_masks(encoder(images), prompts.get_dense_pe(), *prompts(None, None, None))
+        found = model(images)
+    assert model.img_size == 512
+    torch.testing.assert_close(found["low_res_logits"], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found["iou_predictions"], iou, rtol=0, atol=1e-4)
+
+
+def build_reference_encoder(img_size: int) -> ImageEncoderViT:
+    return ImageEncoderViT(
+        img_size=img_size,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        qkv_bias=True,
+        use_rel_pos=True,
+        global_attn_indexes=(2, 5, 8, 11),
+        window_size=14,
+        out_chans=256,
+    )
 
 
 def test_published_file_is_read_and_written_back_exactly(published: tuple, sam_vit_b_file: Path) -> None:
