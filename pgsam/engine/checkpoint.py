@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pgsam.engine.device import git_commit, pick_device
@@ -42,7 +42,7 @@ def save_release(path: str | Path, model: nn.Module, card: ModelCard) -> None:
     tensors = trained_state(model, everything=card.sam_sha256 is None)
     with replacing(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata={METADATA_KEY: card.to_json()})
+            temporary.write_bytes(save(tensors, metadata={METADATA_KEY: card.to_json()}))  # save_file lets only its owner read it
         except SafetensorError as error:
             raise UserError(f"{path}: cannot be written ({error}); check the free space") from error
 
