@@ -41,10 +41,7 @@ def save_release(path: str | Path, model: nn.Module, card: ModelCard) -> None:
     card = dataclasses.replace(card, git_commit=git_commit())
     tensors = trained_state(model, everything=card.sam_sha256 is None)
     with replacing(path) as temporary:
-        try:
-            temporary.write_bytes(save(tensors, metadata={METADATA_KEY: card.to_json()}))  # save_file lets only its owner read it
-        except SafetensorError as error:
-            raise UserError(f"{path}: cannot be written ({error}); check the free space") from error
+        temporary.write_bytes(save(tensors, metadata={METADATA_KEY: card.to_json()}))  # save_file lets only its owner read it
 
 
 def read_card(path: str | Path) -> ModelCard:
