@@ -5,4 +5,4 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/setup_env.sh" requirements.txt
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the bundled model is tiny: threads slow it down
-exec "$PYTHON" "$here/../infer_demo.py" -o "$here/../demo_output" "$@"
+exec "$PYTHON" "$checkout/infer_demo.py" -o "$checkout/demo_output" "$@"

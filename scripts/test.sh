@@ -5,7 +5,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/setup_env.sh" requirements-dev.txt
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # nearly all models in the tests are tiny: threads slow them down
-cd "$here/.."
+cd "$checkout"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy

@@ -9,7 +9,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/setup_env.sh" requirements.txt
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the model is tiny: threads slow it down
-root="$here/.."
+root=$checkout
 work=${1:-$root/runs/demo}
 mkdir -p "$work"
 

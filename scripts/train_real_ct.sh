@@ -7,10 +7,10 @@
 # Two training scans prove that the pipeline learns from real data, and nothing about how good the method is.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-root=$(cd "$here/.." && pwd)
+source "$here/setup_env.sh" requirements.txt
+root=$checkout
 scans=$(cd "${1:-$root/../shared/data/abdomen_ct}" && pwd)
 work=${2:-$root/runs/real_ct}
-source "$here/setup_env.sh" requirements.txt
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the model is tiny: threads slow it down
 mkdir -p "$work"
 {
