@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,8 +43,8 @@ def test_lists_are_looked_for_in_the_documented_order(prepared: Path) -> None:
     write_list(Path("lists/lists_FLARE"), "flare_slice000\n")
     write_list(prepared / "other", "chosen_slice000\n")
 
-    def names(**flags: object) -> tuple[str, ...]:
-        return find_data(prepared, "train_npz", "train.txt", **flags).names  # type: ignore[arg-type]
+    def names(**flags: Any) -> tuple[str, ...]:
+        return find_data(prepared, "train_npz", "train.txt", **flags).names
 
     assert names(list_dir=prepared / "other") == ("chosen_slice000",)
     assert names() == NAMES

@@ -211,7 +211,7 @@ def saved(**changes: Callable[[np.ndarray], object] | None) -> Callable[[Path], 
             array = arrays.pop(key)
             if change is not None:
                 arrays[key] = change(array)
-        np.savez(path, **arrays)  # type: ignore[arg-type]
+        np.savez(path, **arrays)
 
     return damage
 

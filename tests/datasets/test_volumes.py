@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -24,7 +25,7 @@ def arrays(seed: int = 0) -> dict[str, np.ndarray]:
     return {"image": rng.random(SHAPE, dtype=np.float32), "label": rng.integers(0, 9, SHAPE).astype(np.float32)}
 
 
-def write(path: Path, content: dict[str, np.ndarray], attributes: dict | None = None, **how: object) -> Path:
+def write(path: Path, content: dict[str, np.ndarray], attributes: dict | None = None, **how: Any) -> Path:
     with h5py.File(path, "w") as file:
         for key, array in content.items():
             file.create_dataset(key, data=array, **how)
@@ -118,7 +119,7 @@ def with_value(value: float) -> Callable[[np.ndarray], np.ndarray]:
     return change
 
 
-def geometry(**changes: object) -> Callable[[Path], None]:
+def geometry(**changes: Any) -> Callable[[Path], None]:
     attributes = to_attributes(Volume(arrays()["label"], np.diag([3.0, 1.0, 1.0, 1.0])[:, [2, 1, 0, 3]]))
     return lambda path: write(path, arrays(), {key: value for key, value in {**attributes, **changes}.items() if value is not None}) and None
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,9 +121,9 @@ def levels(depth: int) -> np.ndarray:
     return np.broadcast_to(((40 + 5 * np.arange(depth)) / 255)[:, None, None], (depth, 24, 24)).astype(np.float32)
 
 
-def show(image: np.ndarray, *maps: np.ndarray, **changes: object) -> Image.Image:
+def show(image: np.ndarray, *maps: np.ndarray, **changes: Any) -> Image.Image:
     named = [(f"map {i}", labels) for i, labels in enumerate(maps)]
-    return show_case(image, named, NAMES, [RED, GREEN, BLUE], **{"orientation": "LAS", **changes})  # type: ignore[arg-type]
+    return show_case(image, named, NAMES, [RED, GREEN, BLUE], **{"orientation": "LAS", **changes})
 
 
 def test_slices_are_spread_over_what_is_labelled() -> None:

@@ -9,17 +9,19 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pgsam import build_model, load_model
 from pgsam.engine.checkpoint import load_training_state, read_card, save_release, save_training_state, start_from
 from pgsam.errors import UserError
+from pgsam.models.base import SliceModel
 from pgsam.models.card import FORMAT, ModelCard
 from pgsam.models.samed import SAMED, SAMED_S, to_samed_state
 from pgsam.sam.weights import sha256_of
@@ -29,12 +31,12 @@ NAMES = ("liver", "spleen", "aorta", "left kidney")
 CARD = ModelCard(SAMED, "vit_tiny", SIZE, 56, NAMES)
 
 
-def build(module: str = SAMED, *, seed: int = 0, img_size: int = SIZE, num_classes: int = len(NAMES), **options: object) -> nn.Module:
+def build(module: str = SAMED, *, seed: int = 0, img_size: int = SIZE, num_classes: int = len(NAMES), **options: Any) -> SliceModel:
     torch.manual_seed(seed)
-    return build_model(module, vit_name="vit_tiny", img_size=img_size, num_classes=num_classes, verbose=False, **options)  # type: ignore[arg-type]
+    return build_model(module, vit_name="vit_tiny", img_size=img_size, num_classes=num_classes, verbose=False, **options)
 
 
-def stir(model: nn.Module) -> nn.Module:
+def stir(model: SliceModel) -> SliceModel:
     """Moves every trained parameter, as training would."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,7 +45,7 @@ def stir(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def outputs(model: nn.Module) -> dict[str, Tensor]:
+def outputs(model: SliceModel) -> dict[str, Tensor]:
     torch.manual_seed(5)
     with torch.no_grad():
         return model(torch.rand(2, 3, model.img_size, model.img_size))
@@ -53,8 +55,8 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def load(path: Path, **flags: object) -> nn.Module:
-    return load_model(path, device="cpu", verbose=False, **flags)  # type: ignore[arg-type]
+def load(path: Path, **flags: Any) -> SliceModel:
+    return load_model(path, device="cpu", verbose=False, **flags)
 
 
 def metadata_of(path: Path) -> dict[str, str]:
@@ -80,7 +82,7 @@ def other_sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[SAMED, SAMED_S])
-def trained(request: pytest.FixtureRequest, sam: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+def trained(request: pytest.FixtureRequest, sam: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SliceModel]:
     """A release file of a model that started from a SAM file, and the model."""
     model = stir(build(request.param, ckpt=sam))
     path = tmp_path_factory.mktemp("run") / "final.safetensors"
@@ -116,7 +118,7 @@ def test_without_a_sam_file_every_tensor_is_saved(tmp_path: Path, module: str, o
     assert [name for name, p in back.named_parameters() if p.requires_grad] == [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def test_with_a_sam_file_only_what_was_trained_is_saved(trained: tuple[Path, nn.Module], sam: Path) -> None:
+def test_with_a_sam_file_only_what_was_trained_is_saved(trained: tuple[Path, SliceModel], sam: Path) -> None:
     path, model = trained
     saved = load_file(path)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -128,8 +130,8 @@ def test_with_a_sam_file_only_what_was_trained_is_saved(trained: tuple[Path, nn.
     assert same(outputs(back), outputs(model))
 
 
-def test_the_sam_file_of_the_training_is_needed(trained: tuple[Path, nn.Module], sam: Path, other_sam: Path, tmp_path: Path) -> None:
-    path, model = trained
+def test_the_sam_file_of_the_training_is_needed(trained: tuple[Path, SliceModel], sam: Path, other_sam: Path, tmp_path: Path) -> None:
+    path = trained[0]
     with pytest.raises(UserError, match=rf"needs the SAM file .*{sha256_of(sam)}.*--ckpt") as error:
         load(path)
     assert str(error.value).startswith(f"{path}: holds the trained tensors only")
@@ -140,7 +142,7 @@ def test_the_sam_file_of_the_training_is_needed(trained: tuple[Path, nn.Module],
         load(path, ckpt=tmp_path / "nowhere.pth")
 
 
-def test_another_sam_file_can_be_allowed(trained: tuple[Path, nn.Module], other_sam: Path) -> None:
+def test_another_sam_file_can_be_allowed(trained: tuple[Path, SliceModel], other_sam: Path) -> None:
     path, model = trained
     back = load(path, ckpt=other_sam, allow_other_base=True)
     assert not same(outputs(back), outputs(model))
@@ -149,7 +151,7 @@ def test_another_sam_file_can_be_allowed(trained: tuple[Path, nn.Module], other_
     assert all(torch.equal(state[name], value) for name, value in load_file(path).items())
 
 
-def test_a_larger_image_takes_the_positions_of_the_sam_file(trained: tuple[Path, nn.Module], sam: Path) -> None:
+def test_a_larger_image_takes_the_positions_of_the_sam_file(trained: tuple[Path, SliceModel], sam: Path) -> None:
     back = load(trained[0], ckpt=sam, img_size=SAM_SIZE)
     base, state = torch.load(sam, weights_only=True), back.state_dict()
     for name, value in base.items():
@@ -300,7 +302,7 @@ def test_unknown_missing_and_misshapen_tensors_are_named(release: Path, number: 
     assert f"{number} are unknown: {', '.join(f'{name}.extra' for name in names[:5])};" in message()
 
 
-def test_a_trained_tensor_is_never_taken_from_the_sam_file(trained: tuple[Path, nn.Module], sam: Path, tmp_path: Path) -> None:
+def test_a_trained_tensor_is_never_taken_from_the_sam_file(trained: tuple[Path, SliceModel], sam: Path, tmp_path: Path) -> None:
     """The SAM file holds tensors of the same names and shapes, which would fit."""
     in_both = sorted(load_file(trained[0]).keys() & torch.load(sam, weights_only=True).keys())
     lost = [name for name in in_both if name.startswith(("mask_decoder.output_upscaling", "prompt_encoder.no_mask"))]
@@ -312,7 +314,7 @@ def test_a_trained_tensor_is_never_taken_from_the_sam_file(trained: tuple[Path, 
         load(path, ckpt=sam)
 
 
-def test_a_sam_file_that_lacks_a_frozen_tensor(trained: tuple[Path, nn.Module], sam: Path, tmp_path: Path) -> None:
+def test_a_sam_file_that_lacks_a_frozen_tensor(trained: tuple[Path, SliceModel], sam: Path, tmp_path: Path) -> None:
     state = torch.load(sam, weights_only=True)
     del state["image_encoder.blocks.3.attn.proj.bias"]
     torch.save(state, tmp_path / "sam.pth")
@@ -356,7 +358,7 @@ def test_a_sam_file_is_no_checkpoint(sam: Path) -> None:
 # --- training on --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_training_goes_on_from_trained_tensors(trained: tuple[Path, nn.Module], sam: Path) -> None:
+def test_training_goes_on_from_trained_tensors(trained: tuple[Path, SliceModel], sam: Path) -> None:
     path, model = trained
     card = read_card(path)
     fresh = build(card.module, seed=9, ckpt=sam)
@@ -376,7 +378,7 @@ def test_frozen_tensors_stay_those_of_the_runs_sam_file(release: Path, sam: Path
         assert torch.equal(value, before[name] if name in frozen else saved[name]), name
 
 
-def test_a_random_start_takes_every_tensor(release: Path, trained: tuple[Path, nn.Module]) -> None:
+def test_a_random_start_takes_every_tensor(release: Path, trained: tuple[Path, SliceModel]) -> None:
     fresh = build(seed=9)
     start_from(fresh, release, CARD)
     assert same(fresh.state_dict(), load_file(release))
@@ -385,7 +387,7 @@ def test_a_random_start_takes_every_tensor(release: Path, trained: tuple[Path, n
         start_from(build(module), trained[0], dataclasses.replace(CARD, module=module))
 
 
-def test_training_goes_on_from_a_samed_file_and_at_another_size(tmp_path: Path, sam: Path, trained: tuple[Path, nn.Module]) -> None:
+def test_training_goes_on_from_a_samed_file_and_at_another_size(tmp_path: Path, sam: Path, trained: tuple[Path, SliceModel]) -> None:
     path, model = trained
     card = dataclasses.replace(read_card(path), img_size=96)
     torch.save(to_samed_state(model), tmp_path / "epoch_159.pth")
@@ -476,7 +478,7 @@ def test_a_new_state_takes_the_old_ones_place_at_once(tmp_path: Path, monkeypatc
     replace, save = os.replace, torch.save
 
     def watched_replace(source: object, target: object) -> None:
-        replace(source, target)  # type: ignore[arg-type]
+        replace(source, target)
         whole = [load_training_state(tmp_path / name)["epochs_done"] for name in ("last.pt", "prev.pt") if (tmp_path / name).exists()]
         seen.append(max(whole))
 

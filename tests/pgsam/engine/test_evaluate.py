@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import cast
 
 import h5py
 import nibabel as nib
@@ -19,6 +20,7 @@ from datasets.layout import DataFolder
 from pgsam.engine.evaluate import evaluate, results_folder
 from pgsam.engine.predict import segment_slices
 from pgsam.errors import UserError
+from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.samed import SAMED
 from pgsam.volume_io import Volume, read_volume, reorient, scale_intensity, to_attributes
@@ -41,6 +43,10 @@ class Levels(nn.Module):
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"masks": -((images[:, :1] - self.centres) ** 2)}
+
+
+def model() -> SliceModel:
+    return cast(SliceModel, Levels().eval())
 
 
 def example(shape: tuple[int, int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
 @pytest.fixture(scope="module")
 def results(folder: DataFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("results") / "deep" / "down"
-    content = evaluate(Levels(), CARD, folder, output, settings={"flags": {"seed": 1}}, save_nifti=True, run={"device": "cpu"})  # type: ignore[arg-type]
+    content = evaluate(model(), CARD, folder, output, settings={"flags": {"seed": 1}}, save_nifti=True, run={"device": "cpu"})
     saved = read_json(output / "metrics.json")
     assert (content["cases"], content["summary"]) == (saved["cases"], saved["summary"])
     return output
@@ -103,7 +109,7 @@ def labels_of(folder: DataFolder, case: str) -> tuple[np.ndarray, np.ndarray, tu
     """Prediction, reference and spacing, straight from the file."""
     with h5py.File(folder.files / f"{case}.npy.h5") as file:
         image, label, spacing = file["image"][()], file["label"][()], file.attrs.get("spacing")
-    return segment_slices(Levels(), image, input_size=56), label, spacing  # type: ignore[arg-type]
+    return segment_slices(model(), image, input_size=56), label, spacing
 
 
 def test_what_is_in_the_folder(results: Path) -> None:
@@ -252,7 +258,7 @@ def test_predictions_without_geometry(results: Path, folder: DataFolder) -> None
 
 
 def test_pictures_only_where_volumes_are_not_asked_for(folder: DataFolder, tmp_path: Path) -> None:
-    evaluate(Levels(), CARD, DataFolder(folder.files, folder.list_file, CASES[2:], None), tmp_path, settings={})  # type: ignore[arg-type]
+    evaluate(model(), CARD, DataFolder(folder.files, folder.list_file, CASES[2:], None), tmp_path, settings={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.json", "overlays", "test_log"]
 
 
@@ -273,7 +279,7 @@ def test_a_damaged_later_case_leaves_nothing(folder: DataFolder, tmp_path: Path,
     if before == "with a file of the user's":
         (output / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=rf"{CASES[2]}\.npy\.h5 \({CASES[2]}\): expected finite pixels"):
-        evaluate(Levels(), CARD, DataFolder(damaged, damaged, CASES[1:], None), output, settings={}, save_nifti=True)  # type: ignore[arg-type]
+        evaluate(model(), CARD, DataFolder(damaged, damaged, CASES[1:], None), output, settings={}, save_nifti=True)
     found = sorted(path.name for path in tmp_path.rglob("*") if damaged not in (path, *path.parents))
     assert found == {"empty": ["results"], "with a file of the user's": ["notes.txt", "results"]}.get(before, [])
 
@@ -282,7 +288,7 @@ def test_a_damaged_later_case_leaves_nothing(folder: DataFolder, tmp_path: Path,
 def test_a_folder_with_results_is_refused(folder: DataFolder, tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=rf"holds results already \({re.escape(name)}\); give another --output_dir") as error:
-        evaluate(Levels(), CARD, folder, tmp_path, settings={})  # type: ignore[arg-type]
+        evaluate(model(), CARD, folder, tmp_path, settings={})
     assert str(error.value).startswith(f"{tmp_path}: ")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -290,7 +296,7 @@ def test_a_folder_with_results_is_refused(folder: DataFolder, tmp_path: Path, na
 def test_a_second_run_is_refused_and_changes_nothing(folder: DataFolder, results: Path) -> None:
     before = (results / "metrics.json").read_bytes()
     with pytest.raises(UserError, match="holds results already"):
-        evaluate(Levels(), CARD, folder, results, settings={})  # type: ignore[arg-type]
+        evaluate(model(), CARD, folder, results, settings={})
     assert (results / "metrics.json").read_bytes() == before
 
 
@@ -300,9 +306,20 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
         pass
 
 
+def test_nan_is_never_written_and_a_bug_leaves_nothing(folder: DataFolder, tmp_path: Path) -> None:
+    one = DataFolder(folder.files, folder.list_file, CASES[2:], None)
+    with pytest.raises(ValueError, match="JSON"):
+        evaluate(model(), CARD, one, tmp_path / "results", settings={"threshold": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), results_folder(tmp_path / "results") as staging:
-        (staging / "metrics.json").write_text("{}")
-        assert not (tmp_path / "results" / "metrics.json").exists()
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with results_folder(tmp_path / "results") as staging:
+            (staging / "metrics.json").write_text("{}")
+            assert not (tmp_path / "results" / "metrics.json").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,7 @@
 """The published slice protocol written out with scipy, and the invariance of a scan's labels to how the scan is stored."""
 
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from pgsam import build_model
 from pgsam.engine.predict import default_batch_size, segment_scan, segment_slices
+from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.samed import SAMED
 from pgsam.tuning.lora import unmerge_lora
@@ -39,8 +42,8 @@ class Levels(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return Levels().eval()
+def model() -> SliceModel:
+    return cast(SliceModel, Levels().eval())
 
 
 def example(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
@@ -50,7 +53,7 @@ def example(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
 
 
 @torch.no_grad()
-def published_labels(model: nn.Module, volume: np.ndarray, input_size: int) -> np.ndarray:
+def published_labels(model: SliceModel, volume: np.ndarray, input_size: int) -> np.ndarray:
     """Slice by slice, as spec section 3 says; LoRA is not merged."""
     unmerge_lora(model)
     labels = np.zeros(volume.shape, dtype=np.uint8)
@@ -91,9 +94,10 @@ def test_equals_the_published_protocol_with_a_vit_and_lora() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "input_size"), [((7, 128, 128), INPUT), ((9, 112, 100), INPUT), ((3, 180, 200), 224), ((5, 64, 64), 64), ((4, 56, 56), 56), ((3, 40, 71), 30)]
+    ("shape", "input_size"),
+    [((7, 128, 128), INPUT), ((9, 112, 100), INPUT), ((3, 180, 200), 224), ((5, 64, 64), 64), ((4, 56, 56), 56), ((3, 40, 71), 30)],
 )
-def test_equals_the_published_protocol(model: nn.Module, shape: tuple[int, int, int], input_size: int) -> None:
+def test_equals_the_published_protocol(model: SliceModel, shape: tuple[int, int, int], input_size: int) -> None:
     volume = example(shape)
     before = volume.copy()
     wanted = published_labels(model, volume, input_size)
@@ -101,7 +105,7 @@ def test_equals_the_published_protocol(model: nn.Module, shape: tuple[int, int, 
     np.testing.assert_array_equal(volume, before)
 
 
-def test_the_batch_changes_nothing(model: nn.Module) -> None:
+def test_the_batch_changes_nothing(model: SliceModel) -> None:
     volume = example((8, 112, 128), seed=1)
     wanted = published_labels(model, volume, INPUT)
     for batch_size in (1, 3, 8, 100):
@@ -111,13 +115,13 @@ def test_the_batch_changes_nothing(model: nn.Module) -> None:
         assert max(finished) == min(batch_size, 8)
 
 
-def test_the_input_size_is_gone_through(model: nn.Module) -> None:
+def test_the_input_size_is_gone_through(model: SliceModel) -> None:
     """A quarter of the resolution is lost on the way, so the labels differ."""
     volume = example((3, 64, 64), seed=2)
     assert np.count_nonzero(segment_slices(model, volume, input_size=16) != segment_slices(model, volume, input_size=64)) > 10
 
 
-def test_double_precision_volumes(model: nn.Module) -> None:
+def test_double_precision_volumes(model: SliceModel) -> None:
     volume = example((2, 70, 60), seed=3)
     assert_alike(segment_slices(model, volume.astype(np.float64), input_size=INPUT), segment_slices(model, volume, input_size=INPUT))
 
@@ -141,13 +145,13 @@ def scan(oblique: bool = False) -> Volume:
 
 
 @pytest.fixture(scope="module")
-def segmented(model: nn.Module) -> dict[str, Volume]:
+def segmented(model: SliceModel) -> dict[str, Volume]:
     """Labels of the scan as it is, by image kind."""
     cards = {"ct_window": CARD, "percentile": ModelCard(SAMED, "vit_tiny", SIZE, INPUT, NAMES, image_kind="percentile", window=None)}
     return {kind: segment_scan(model, scan(), card)[0] for kind, card in cards.items()}
 
 
-def test_a_scan_in_the_orientation_of_the_checkpoint(model: nn.Module, segmented: dict[str, Volume]) -> None:
+def test_a_scan_in_the_orientation_of_the_checkpoint(model: SliceModel, segmented: dict[str, Volume]) -> None:
     source = scan()
     assert source.orientation == CARD.orientation == "LAS"
     labels, image = segment_scan(model, source, CARD)
@@ -162,7 +166,7 @@ def test_a_scan_in_the_orientation_of_the_checkpoint(model: nn.Module, segmented
 @pytest.mark.parametrize("code", ["LAS", "RAS", "LPS", "LAI", "RPI", "SAL", "PSR", "ASR", "ILP", "SRA"])
 @pytest.mark.parametrize("oblique", [False, True])
 @pytest.mark.parametrize("kind", ["ct_window", "percentile"])
-def test_how_a_scan_is_stored_moves_no_label(model: nn.Module, segmented: dict[str, Volume], code: str, oblique: bool, kind: str) -> None:
+def test_how_a_scan_is_stored_moves_no_label(model: SliceModel, segmented: dict[str, Volume], code: str, oblique: bool, kind: str) -> None:
     card = ModelCard(SAMED, "vit_tiny", SIZE, INPUT, NAMES, image_kind=kind, window=CARD.window if kind == "ct_window" else None)
     source = reorient(scan(oblique), code)
     before = source.array.copy()
@@ -178,7 +182,15 @@ def test_how_a_scan_is_stored_moves_no_label(model: nn.Module, segmented: dict[s
     np.testing.assert_array_equal(source.array, before)
 
 
-def test_the_orientation_matters(model: nn.Module, segmented: dict[str, Volume]) -> None:
+def test_the_window_is_the_checkpoints(model: SliceModel) -> None:
+    source = scan()
+    labels, image = segment_scan(model, source, ModelCard(SAMED, "vit_tiny", SIZE, INPUT, NAMES, window=(-200.0, 300.0)))
+    window = (np.clip(source.array.astype(np.float64), -200, 300) + 200) / 500
+    np.testing.assert_allclose(image.array, window, rtol=0, atol=1e-6)
+    assert_alike(labels.array, published_labels(model, window.astype(np.float32), INPUT))
+
+
+def test_the_orientation_matters(model: SliceModel, segmented: dict[str, Volume]) -> None:
     """Without turning the slices first, a mirrored scan would get other labels; the card says which way they lie."""
     mirrored = segment_scan(model, scan(), ModelCard(SAMED, "vit_tiny", SIZE, INPUT, NAMES, orientation="RPS"))[0]
     assert np.count_nonzero(mirrored.array != segmented["ct_window"].array) > 50

@@ -24,7 +24,7 @@ def published_rates(steps: int, *, warmup: bool, power: float = 0.9, base: float
 @pytest.mark.parametrize("power", [0.9, 7])
 def test_every_step_of_the_published_training(warmup: bool, power: float) -> None:
     settings = {"base_lr": BASE, "total_steps": TOTAL, "warmup_steps": PERIOD if warmup else 0, "power": power}
-    found = [learning_rate(step, **settings) for step in range(STOPPED + 1)]  # type: ignore[arg-type]
+    found = [learning_rate(step, **settings) for step in range(STOPPED + 1)]
     assert found == pytest.approx(published_rates(STOPPED + 1, warmup=warmup, power=power), rel=1e-12)
 
 

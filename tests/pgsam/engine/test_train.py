@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch import nn
 
 from datasets.augment import no_augmentation
 from datasets.layout import DataFolder
-from datasets.slices import SliceDataset
+from datasets.slices import EpochSampler, SliceDataset
 from pgsam import build_model, load_model
 from pgsam.engine import train as module
 from pgsam.engine.checkpoint import load_training_state, read_card
@@ -26,6 +27,7 @@ from pgsam.engine.device import pick_device
 from pgsam.engine.schedule import learning_rate
 from pgsam.engine.train import Meter, Recipe, RunFolder, build_optimizer, default_workers, seed_everything, train, write_provenance
 from pgsam.errors import UserError
+from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.samed import SAMED, SAMED_S
 from pgsam.sam.weights import sha256_of
@@ -83,18 +85,18 @@ def sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(seed: int = 7, name: str = SAMED, **options: object) -> nn.Module:
+def start(seed: int = 7, name: str = SAMED, **options: Any) -> SliceModel:
     """As train.py does it: the seed first, then the model."""
     seed_everything(seed, True)
-    return build_model(name, vit_name="vit_tiny", img_size=SIZE, class_names=ORGANS, num_classes=2, verbose=False, **options)  # type: ignore[arg-type]
+    return build_model(name, vit_name="vit_tiny", img_size=SIZE, class_names=ORGANS, num_classes=2, verbose=False, **options)
 
 
-def dataset(folder: DataFolder, seed: int = 7, **options: object) -> SliceDataset:
-    return SliceDataset(folder, num_classes=2, img_size=SIZE, input_size=SIZE, seed=seed, **options)  # type: ignore[arg-type]
+def dataset(folder: DataFolder, seed: int = 7, **options: Any) -> SliceDataset:
+    return SliceDataset(folder, num_classes=2, img_size=SIZE, input_size=SIZE, seed=seed, **options)
 
 
-def run(path: Path, folder: DataFolder, seed: int = 7, card: ModelCard = CARD, **changes: object) -> dict[str, torch.Tensor]:
-    recipe = dataclasses.replace(RECIPE, seed=seed, **changes)  # type: ignore[arg-type]
+def run(path: Path, folder: DataFolder, seed: int = 7, card: ModelCard = CARD, **changes: Any) -> dict[str, torch.Tensor]:
+    recipe = dataclasses.replace(RECIPE, seed=seed, **changes)
     return load_file(train(start(seed), dataset(folder, seed), recipe, RunFolder(path), card, CPU))
 
 
@@ -268,17 +270,37 @@ def test_optimisers_have_the_published_settings() -> None:
 def test_the_rate_of_every_step_is_the_schedules(folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adamw: bool) -> None:
     rates, kinds = [], set()
 
-    def watched(*arguments: object) -> object:
+    def watched(*arguments: Any) -> Any:
         optimizer = arguments[3]
-        rates.append({group["lr"] for group in optimizer.param_groups})  # type: ignore[attr-defined]
+        rates.append({group["lr"] for group in optimizer.param_groups})
         kinds.add(type(optimizer))
-        return step(*arguments)  # type: ignore[arg-type]
+        return step(*arguments)
 
     step = module._step
     monkeypatch.setattr(module, "_step", watched)
     run(tmp_path / "run", folder, adamw=adamw)
     assert rates == [{learning_rate(i, base_lr=1e-3, total_steps=8, warmup_steps=3)} for i in range(4)]  # of 4 epochs, 2 are run
     assert kinds == {torch.optim.AdamW if adamw else torch.optim.SGD}
+
+
+def test_every_epoch_has_its_own_order_and_augmentation(folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bytes]] = []
+
+    def watched(*arguments: Any) -> Any:
+        batch = arguments[1]
+        seen.extend((case, image.numpy().tobytes()) for case, image in zip(batch["case"], batch["image"], strict=True))
+        return step(*arguments)
+
+    step = module._step
+    monkeypatch.setattr(module, "_step", watched)
+    run(tmp_path / "run", folder)
+    first, second = seen[:6], seen[6:]
+    for epoch, samples in enumerate((first, second)):
+        sampler = EpochSampler(6, RECIPE.seed)
+        sampler.set_epoch(epoch)
+        assert [case for case, _ in samples] == [folder.names[index] for _, index in sampler]
+    assert [case for case, _ in first] != [case for case, _ in second]
+    assert len(set(first) & set(second)) < 5
 
 
 def test_seeds() -> None:
@@ -329,7 +351,7 @@ def test_a_loss_that_is_not_finite_names_the_cases(folder: DataFolder, tmp_path:
 
 def test_the_last_whole_epoch_is_kept(folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "learning_rate", lambda step, **_: 1e-3 if step < 2 else 1e30)
-    with pytest.raises(UserError, match="last.pt holds the last whole epoch"):
+    with pytest.raises(UserError, match=r"last\.pt holds the last whole epoch"):
         run(tmp_path / "run", folder, stop_epoch=4)
     kept = load_training_state(tmp_path / "run" / "last.pt")
     assert (kept["epochs_done"], kept["step"]) == (1, 2)
