@@ -19,6 +19,7 @@ from pgsam.errors import Parser, UserError, reports_user_errors
 
 # What each published method was trained with: 512 px, lr 0.005, 200 epochs of which 160 are run.
 SAMED_RECIPE = {"img_size": 512, "base_lr": 0.005, "max_epochs": 200, "stop_epoch": 160, "warmup": False, "AdamW": False}
+MOST_CLASSES = 255
 RECIPES = {"sam_lora_image_encoder": SAMED_RECIPE, "sam_lora_image_encoder_mask_decoder": SAMED_RECIPE}
 
 
@@ -128,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if manifest:
             raise UserError(f"--num_classes {args.num_classes}: the manifest of {folder.files.parent} says {len(names)} ({', '.join(names)})")
         names = tuple(f"class {i}" for i in range(1, args.num_classes + 1))
+    if len(names) > MOST_CLASSES:
+        raise UserError(f"--num_classes {len(names)}: expected at most {MOST_CLASSES}, since label volumes are bytes")
     if not manifest:
         print(f"{folder.files.parent}: no manifest.json; taken: classes {', '.join(names)}; window {CT_WINDOW} HU; orientation {BTCV_ORIENTATION}")
     dataset = SliceDataset(

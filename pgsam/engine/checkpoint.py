@@ -193,7 +193,7 @@ def start_from(model: SliceModel, checkpoint: str | Path, card: ModelCard) -> No
     """Loads the trained tensors of another run into `model`, to train on from there; `card` is the new run's.
 
     Raises:
-        UserError: the checkpoint is of another module, ViT, rank or number of classes, or its tensors do not fit.
+        UserError: the checkpoint is of another module, ViT, rank, number of classes or SAM file, or its tensors do not fit.
     """
     path = Path(checkpoint)
     require_file(path, "a checkpoint (.safetensors of ours, or SAMed's .pth)")
@@ -202,6 +202,10 @@ def start_from(model: SliceModel, checkpoint: str | Path, card: ModelCard) -> No
     for name in ("module", "vit_name", "rank", "num_classes"):
         if getattr(other, name) != getattr(card, name):
             raise UserError(f"{path}: expected {name} {getattr(card, name)} as in this run, found {getattr(other, name)}")
+    if None not in (other.sam_sha256, card.sam_sha256) and other.sam_sha256 != card.sam_sha256:
+        raise UserError(
+            f"{path}: was trained on the SAM file with sha256 {other.sam_sha256}, this run's --ckpt has {card.sam_sha256}; give that file"
+        )
     state = _at_size_of(model, state) if ours else from_samed_state(state, model, str(path))
     target, wanted = model.state_dict(), trained_state(model, everything=card.sam_sha256 is None)
     problems = {

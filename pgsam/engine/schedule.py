@@ -17,6 +17,4 @@ def learning_rate(step: int, *, base_lr: float, total_steps: int, warmup_steps: 
     before = max(step - 1, 0)
     if before < warmup_steps:
         return base_lr * (before + 1) / warmup_steps
-    if step == 0:
-        return base_lr
     return base_lr * (1.0 - min(before - warmup_steps, total_steps) / total_steps) ** power

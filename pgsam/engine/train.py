@@ -154,6 +154,16 @@ class Meter:
         return means
 
 
+def require_finite(model: SliceModel, epoch: int) -> None:
+    """Raises a UserError if a trained weight is not finite, so that no training state holds one (the loss is looked at before each step)."""
+    broken = [name for name, p in model.named_parameters() if p.requires_grad and not bool(p.isfinite().all())]
+    if broken:
+        raise UserError(
+            f"after epoch {epoch}, {len(broken)} of the trained tensors are not finite ({', '.join(broken[:3])}); lower --base_lr or use --warmup; "
+            "last.pt holds the epoch before, if there was one"
+        )
+
+
 def train(
     model: SliceModel,
     dataset: SliceDataset,
@@ -206,6 +216,7 @@ def train(
                         board.add_scalar(f"info/{name}", value, step)
                     recent = Meter()
             means = meter.read()
+            require_finite(model, epoch + 1)
             seconds = time.perf_counter() - started
             throughput = len(dataset) / seconds
             run.log(f"epoch {epoch + 1}/{recipe.stop_epoch} : loss {means['loss']:.4f}, lr {rate:.2e}, {throughput:.1f} slices/s")

@@ -78,16 +78,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
                 f"{path}: expected tensors only, found pickled objects that could run code when loaded; re-save its state dict"
             ) from error
         raise UserError(_not_torch(path)) from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        OSError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        AssertionError,
-    ) as error:  # torch's ways to fail on damage
+    except _DAMAGE as error:
         raise UserError(_not_torch(path)) from error
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         inside = f"a dict with {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, Mapping) else type(state).__name__

@@ -523,7 +523,8 @@ def refuse(what):
     return refusal
 
 def watch(event, args):
-    if event == "open" and isinstance(args[0], str) and str(root) in args[0] and not args[0].endswith((".py", ".pyc")):
+    ours = event == "open" and isinstance(args[0], str) and str(root) in args[0] and "site-packages" not in args[0]  # .venv lies in the checkout
+    if ours and not args[0].endswith((".py", ".pyc")):
         raise SystemExit(f"an import opened {args[0]}")
 
 def state():

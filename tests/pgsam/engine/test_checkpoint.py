@@ -537,3 +537,12 @@ def test_damaged_states(tmp_path: Path) -> None:
             load_training_state(tmp_path / "last.pt")
     with pytest.raises(UserError, match="no such file"):
         load_training_state(tmp_path / "nowhere.pt")
+
+
+def test_a_start_from_another_sam_file_is_refused(trained: tuple[Path, SliceModel]) -> None:
+    """LoRA factors are differences to the weights they were trained on."""
+    path, model = trained
+    card = read_card(path)
+    start_from(model, path, card)
+    with pytest.raises(UserError, match=rf"was trained on the SAM file with sha256 {card.sam_sha256}, this run's --ckpt has 0"):
+        start_from(model, path, dataclasses.replace(card, sam_sha256="0" * 64))

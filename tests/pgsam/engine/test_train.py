@@ -396,3 +396,13 @@ def test_a_bug_in_a_worker_keeps_its_traceback(folder: DataFolder, tmp_path: Pat
 
     with pytest.raises(ZeroDivisionError, match=r"(?s)Traceback.*in broken.*ours"):
         train(start(), dataset(folder, augment=broken), dataclasses.replace(RECIPE, num_workers=1), RunFolder(tmp_path / "run"), CARD, CPU)
+
+
+def test_weights_that_are_not_finite_are_never_kept() -> None:
+    model = torch.nn.Linear(2, 2)
+    module.require_finite(model, 1)  # type: ignore[arg-type]
+    model.weight.data[0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"after epoch 3, 1 of the trained tensors are not finite \(weight\)"):
+        module.require_finite(model, 3)  # type: ignore[arg-type]
+    model.weight.requires_grad_(False)
+    module.require_finite(model, 3)  # type: ignore[arg-type]
