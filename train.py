@@ -14,8 +14,14 @@ and infer_demo.py read. Defaults of a flag marked (by module) are those of the p
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pgsam.errors import Parser, UserError, reports_user_errors
+
+if TYPE_CHECKING:
+    from datasets.layout import DataFolder
+    from pgsam.models.card import ModelCard
 
 # What each published method was trained with: 512 px, lr 0.005, 200 epochs of which 160 are run.
 SAMED_RECIPE = {"img_size": 512, "base_lr": 0.005, "max_epochs": 200, "stop_epoch": 160, "warmup": False, "AdamW": False}
@@ -101,28 +107,11 @@ def resolve(args: argparse.Namespace) -> None:
         raise UserError(f"--tune full: trains every parameter, which leaves nothing of --module {args.module}; use sam_lora_image_encoder")
 
 
-@reports_user_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; 0 on success, 2 after an error of the user's."""
-    from datasets.augment import AUGMENTATIONS
+def class_names_of(folder: "DataFolder", args: argparse.Namespace) -> tuple[str, ...]:
+    """The classes of the data: its manifest's, else those of `--dataset`, else as many as `--num_classes` without names."""
     from datasets.labels import DATASETS
-    from datasets.layout import find_data
-    from datasets.slices import SliceDataset
-    from pgsam.engine.checkpoint import start_from
-    from pgsam.engine.device import pick_device
-    from pgsam.engine.flags import jsonable, parse, resolve_ckpt
-    from pgsam.engine.train import Recipe, RunFolder, default_workers, seed_everything, train, write_provenance
-    from pgsam.models import build_model
-    from pgsam.models.card import ModelCard
-    from pgsam.sam.weights import require_file, sha256_of
-    from pgsam.tuning.trainable import trainable_report
     from pgsam.volume_io import BTCV_ORIENTATION, CT_WINDOW
 
-    args = parse(build_parser(), argv)
-    resolve(args)
-    device = pick_device(args.device)
-    RunFolder.check_free(args.output)
-    folder = find_data(args.root_path, "train_npz", "train.txt", list_dir=args.list_dir, dataset=args.dataset)
     manifest = folder.manifest or {}
     names = tuple(manifest.get("class_names") or DATASETS[args.dataset].label_map.class_names)
     if args.num_classes is not None and args.num_classes != len(names):
@@ -133,6 +122,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--num_classes {len(names)}: expected at most {MOST_CLASSES}, since label volumes are bytes")
     if not manifest:
         print(f"{folder.files.parent}: no manifest.json; taken: classes {', '.join(names)}; window {CT_WINDOW} HU; orientation {BTCV_ORIENTATION}")
+    return names
+
+
+def card_of(folder: "DataFolder", names: tuple[str, ...], ckpt: Path | None, options: dict, args: argparse.Namespace) -> "ModelCard":
+    """The card of the model to be trained: its settings, what it will have seen, and the SAM file it starts from."""
+    from pgsam.models.card import ModelCard
+    from pgsam.sam.weights import sha256_of
+    from pgsam.volume_io import BTCV_ORIENTATION, CT_WINDOW
+
+    manifest = folder.manifest or {"window": CT_WINDOW}
+    return ModelCard(
+        module=args.module,
+        vit_name=args.vit_name,
+        img_size=args.img_size,
+        input_size=args.input_size,
+        class_names=names,
+        rank=args.rank,
+        orientation=manifest.get("orientation") or BTCV_ORIENTATION,
+        image_kind=manifest.get("image_kind", "ct_window"),
+        window=tuple(manifest["window"]) if manifest.get("window") else None,
+        options=options,
+        dataset=args.dataset,
+        training_cases=folder.cases(),
+        training_patients=folder.patients(),
+        sam_sha256=sha256_of(ckpt) if ckpt is not None else None,
+    )
+
+
+@reports_user_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; 0 on success, 2 after an error of the user's."""
+    from datasets.augment import AUGMENTATIONS
+    from datasets.layout import find_data
+    from datasets.slices import SliceDataset
+    from pgsam.engine.checkpoint import start_from
+    from pgsam.engine.device import pick_device
+    from pgsam.engine.flags import jsonable, parse, resolve_ckpt
+    from pgsam.engine.train import Recipe, RunFolder, default_workers, seed_everything, train, write_provenance
+    from pgsam.models import build_model
+    from pgsam.sam.weights import require_file
+    from pgsam.tuning.trainable import trainable_report
+
+    args = parse(build_parser(), argv)
+    resolve(args)
+    device = pick_device(args.device)
+    RunFolder.check_free(args.output)
+    folder = find_data(args.root_path, "train_npz", "train.txt", list_dir=args.list_dir, dataset=args.dataset)
+    names = class_names_of(folder, args)
     dataset = SliceDataset(
         folder,
         num_classes=len(names),
@@ -156,22 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ckpt=ckpt,
         **options,
     )
-    card = ModelCard(
-        module=args.module,
-        vit_name=args.vit_name,
-        img_size=args.img_size,
-        input_size=args.input_size,
-        class_names=names,
-        rank=args.rank,
-        orientation=manifest.get("orientation") or BTCV_ORIENTATION,
-        image_kind=manifest.get("image_kind", "ct_window"),
-        window=tuple(manifest["window"]) if manifest.get("window") else (CT_WINDOW if not manifest else None),
-        options=options,
-        dataset=args.dataset,
-        training_cases=folder.cases(),
-        training_patients=folder.patients(),
-        sam_sha256=sha256_of(ckpt) if ckpt is not None else None,
-    )
+    card = card_of(folder, names, ckpt, options, args)
     if args.lora_ckpt is not None:
         start_from(model, args.lora_ckpt, card)
     recipe = Recipe(
