@@ -10,6 +10,7 @@ orientation, sizes and organ names come from the checkpoint. Not a medical devic
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def segment_file(model, scan, args: argparse.Namespace) -> None:
     with progress_bar(scan.array.shape[0]) as bar:
         labels, image = segment_scan(model, scan, card, batch_size=args.batch_size, progress=bar.update)
     seconds = time.perf_counter() - started
-    name = args.input.name.removesuffix(".gz").removesuffix(".nii")
+    name = re.sub(r"\.nii(\.gz)?$", "", args.input.name, flags=re.IGNORECASE)
     args.output.mkdir(parents=True, exist_ok=True)
     target = args.output / f"{name}_seg.nii.gz"
     write_volume(target, labels.array, labels)

@@ -41,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from datasets.volumes import case_path, check_case_header
     from pgsam.engine.device import environment, pick_device
     from pgsam.engine.evaluate import evaluate
-    from pgsam.engine.flags import check_model_flags, jsonable, open_model, parse, require_at_least
+    from pgsam.engine.flags import check_model_flags, jsonable, open_model, parse, refuse_torchrun, require_at_least
     from pgsam.engine.train import seed_everything
 
     args = parse(build_parser(), argv)
+    refuse_torchrun()
     check_model_flags(args)
     require_at_least(args, seed=0)
     device = pick_device(args.device)

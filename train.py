@@ -120,6 +120,8 @@ def class_names_of(folder: "DataFolder", args: argparse.Namespace) -> tuple[str,
         names = tuple(f"class {i}" for i in range(1, args.num_classes + 1))
     if len(names) > MOST_CLASSES:
         raise UserError(f"--num_classes {len(names)}: expected at most {MOST_CLASSES}, since label volumes are bytes")
+    if manifest and not manifest.get("orientation"):
+        print(f"warning: {folder.files.parent}: the slices differ in orientation (manifest.json); {BTCV_ORIENTATION} goes into the checkpoint")
     if not manifest:
         print(f"{folder.files.parent}: no manifest.json; taken: classes {', '.join(names)}; window {CT_WINDOW} HU; orientation {BTCV_ORIENTATION}")
     return names
@@ -158,13 +160,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from datasets.slices import SliceDataset
     from pgsam.engine.checkpoint import start_from
     from pgsam.engine.device import pick_device
-    from pgsam.engine.flags import jsonable, parse, resolve_ckpt
+    from pgsam.engine.flags import jsonable, parse, refuse_torchrun, resolve_ckpt
     from pgsam.engine.train import Recipe, RunFolder, default_workers, seed_everything, train, write_provenance
     from pgsam.models import build_model
     from pgsam.sam.weights import require_file
     from pgsam.tuning.trainable import trainable_report
 
     args = parse(build_parser(), argv)
+    refuse_torchrun()
     resolve(args)
     device = pick_device(args.device)
     RunFolder.check_free(args.output)

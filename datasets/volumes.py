@@ -9,7 +9,7 @@ import numpy as np
 from datasets.layout import DataFolder
 from datasets.slices import KEYS, check_shapes, check_values
 from pgsam.errors import UserError
-from pgsam.volume_io import Volume, from_attributes, reorient
+from pgsam.volume_io import Volume, from_attributes, reorient, spacing_of
 
 _DAMAGE = (OSError, RuntimeError, KeyError, ValueError)  # what h5py raises on damaged files
 
@@ -18,7 +18,8 @@ _DAMAGE = (OSError, RuntimeError, KeyError, ValueError)  # what h5py raises on d
 class Case:
     """One test case: `image` float32 and `label` uint8, both [D, H, W] in the stored orientation.
 
-    `geometry` is None for files that do not tell; `source_orientation` is that of the scan the file was made from.
+    `geometry` is None for files that do not tell; `source_orientation` is that of the scan the file was made from. `image_kind` and `window`
+    say which source values became 0 and 1, where that is known.
     """
 
     name: str
@@ -26,11 +27,9 @@ class Case:
     label: np.ndarray
     geometry: Volume | None
     source_orientation: str | None
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float] | None:
-        """Voxel edge lengths, array order."""
-        return self.geometry.spacing_mm if self.geometry is not None else None
+    spacing_mm: tuple[float, float, float] | None = None
+    image_kind: str | None = None
+    window: tuple[float, ...] | None = None
 
     @property
     def orientation(self) -> str | None:
@@ -38,16 +37,16 @@ class Case:
         return self.geometry.orientation if self.geometry is not None else None
 
     def on_source_grid(self, array: np.ndarray) -> Volume:
-        """`array` [D, H, W] as a volume on the grid of the original scan; where no geometry is known, unit spacing at the origin."""
+        """`array` [D, H, W] as a volume on the grid of the original scan; where that is not known, at the origin with the known or unit spacing."""
         if self.geometry is None:
-            return Volume(array, _unit_affine())
+            return Volume(array, _plain_affine(self.spacing_mm or (1.0, 1.0, 1.0)))
         volume = Volume(array, self.geometry.affine)
         return reorient(volume, self.source_orientation) if self.source_orientation else volume
 
 
-def _unit_affine() -> np.ndarray:
+def _plain_affine(spacing_mm: tuple[float, float, float]) -> np.ndarray:
     affine = np.zeros((4, 4))
-    affine[[2, 1, 0, 3], [0, 1, 2, 3]] = 1  # d -> z, h -> y, w -> x
+    affine[[2, 1, 0, 3], [0, 1, 2, 3]] = (*spacing_mm, 1)  # d -> z, h -> y, w -> x
     return affine
 
 
@@ -86,5 +85,20 @@ def read_case(path: Path, name: str, num_classes: int) -> Case:
         raise UserError(f"{path} ({name}): expected an h5 file, found a damaged one ({error}); make it again") from error
     label = check_values(path, name, image, label, num_classes)
     image = image.astype(np.float32, copy=False)
-    source = attributes.get("source_orientation")
-    return Case(name, image, label, from_attributes(attributes, image, str(path)), str(source) if source is not None else None)
+    geometry = from_attributes(attributes, image, str(path))
+    window = attributes.get("window")
+    return Case(
+        name,
+        image,
+        label,
+        geometry,
+        source_orientation=_text(attributes.get("source_orientation")),
+        spacing_mm=geometry.spacing_mm if geometry is not None else spacing_of(attributes, str(path)),
+        image_kind=_text(attributes.get("image_kind")),
+        window=None if window is None else tuple(np.asarray(window).ravel().tolist()),
+    )
+
+
+def _text(value: object) -> str | None:
+    """An attribute that is text, which h5py may give as bytes."""
+    return value.decode() if isinstance(value, bytes) else None if value is None else str(value)

@@ -336,8 +336,8 @@ def summarise(
     `n_false_positive` the reverse.
 
     `ci95` is the 2.5 to 97.5 percentile interval over resampled cases, the same resamples for all organs and metrics. A resample in which
-    the value is undefined is left out; for the mean over organs that is one in which any of the averaged organs has no defined value. It is
-    None where nothing can be resampled: with fewer than two defined values, under "mean" where that holds for every organ.
+    the value is undefined is left out; for the mean over organs that is one in which any of the averaged organs has no defined value. With
+    one defined value every resample is that value, [v, v]; `ci95` is None where no resample is defined.
 
     Raises ValueError on an unknown protocol, no cases, no organs, or a case without one of the organs.
     """
@@ -376,17 +376,17 @@ def _cells(values: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[l
     with np.errstate(invalid="ignore"):  # 0 / 0: no defined value
         means = sums.sum(axis=0) / n
         resampled = (weights @ sums) / (weights @ defined)  # (resamples, organs)
-    cells = [_cell(means[i], resampled[:, i], int(n[i]), len(values), spread=n[i] > 1) for i in range(len(n))]
+    cells = [_cell(means[i], resampled[:, i], int(n[i]), len(values)) for i in range(len(n))]
     known = n > 0
     if not known.any():
-        return cells, _cell(math.nan, np.empty(0), 0, values.size, spread=False)
+        return cells, _cell(math.nan, np.empty(0), 0, values.size)
     overall = resampled[:, known].mean(axis=1)  # NaN where an organ is undefined
-    return cells, _cell(means[known].mean(), overall, int(n.sum()), values.size, spread=bool((n > 1).any()))
+    return cells, _cell(means[known].mean(), overall, int(n.sum()), values.size)
 
 
-def _cell(mean: float, resampled: NDArray[np.float64], n: int, total: int, *, spread: bool) -> dict[str, Any]:
+def _cell(mean: float, resampled: NDArray[np.float64], n: int, total: int) -> dict[str, Any]:
     resampled = resampled[~np.isnan(resampled)]
-    interval = np.percentile(resampled, [2.5, 97.5]).tolist() if spread and len(resampled) else None
+    interval = np.percentile(resampled, [2.5, 97.5]).tolist() if len(resampled) else None
     return {"mean": None if math.isnan(mean) else float(mean), "ci95": interval, "n": n, "n_undefined": total - n}
 
 
@@ -425,5 +425,7 @@ def _print_cell(cell: Mapping[str, Any], metric: str) -> str:
     _, factor, decimals = _COLUMNS[metric]
     if cell["mean"] is None:
         return "-"
-    interval = "" if cell["ci95"] is None else " [{:.{d}f}, {:.{d}f}]".format(*(factor * end for end in cell["ci95"]), d=decimals)
+    interval = ""
+    if cell["ci95"] is not None and cell["ci95"][0] < cell["ci95"][1]:  # of one value there is no spread to print
+        interval = " [{:.{d}f}, {:.{d}f}]".format(*(factor * end for end in cell["ci95"]), d=decimals)
     return f"{factor * cell['mean']:.{decimals}f}{interval}"

@@ -354,7 +354,7 @@ def to_attributes(
 
 
 def from_attributes(mapping: Mapping[str, Any], array: np.ndarray, name: str = "geometry") -> Volume | None:
-    """The volume of an array [D, H, W] or [H, W] and the attributes or entries stored with it; None if those say nothing of geometry.
+    """The volume of an array [D, H, W] or [H, W] and the attributes or entries stored with it; None if those do not place it (see `spacing_of`).
 
     Args:
         name: the file, for the message.
@@ -363,16 +363,40 @@ def from_attributes(mapping: Mapping[str, Any], array: np.ndarray, name: str = "
         UserError: the geometry is incomplete or impossible.
     """
     missing = [key for key in _GEOMETRY_KEYS if key not in mapping]
-    if len(missing) == len(_GEOMETRY_KEYS):
+    if set(missing) >= {"origin", "direction"}:
         return None
     if missing:
-        raise UserError(f"{name}: expected {', '.join(_GEOMETRY_KEYS)}, {', '.join(missing)} missing; make the file again")
-    spacing, origin, direction = (np.asarray(mapping[key], dtype=np.float64).ravel() for key in _GEOMETRY_KEYS)
-    if (spacing.size, origin.size, direction.size) != (3, 3, 9):
-        raise UserError(f"{name}: expected 3, 3 and 9 numbers of geometry, found {spacing.size}, {origin.size}, {direction.size}")
-    if not all(np.isfinite(values).all() for values in (spacing, origin, direction)) or spacing.min() <= 0:
-        raise UserError(f"{name}: expected finite geometry and positive spacing, found spacing {spacing.tolist()}; make the file again")
-    return Volume(array[None] if array.ndim == 2 else array, _affine(spacing, origin, direction.reshape(3, 3)[:, ::-1]))
+        raise UserError(f"{name}: expected {', '.join(_GEOMETRY_KEYS)} together, {', '.join(missing)} missing; make the file again")
+    spacing, origin, direction = (_numbers(mapping, key, count, name) for key, count in zip(_GEOMETRY_KEYS, (3, 3, 9), strict=True))
+    axes = direction.reshape(3, 3)
+    if spacing.min() <= 0 or not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
+        found = f"spacing {spacing.tolist()} and direction {direction.tolist()}"
+        raise UserError(f"{name}: expected positive spacing and a direction of unit vectors at right angles, found {found}; make the file again")
+    return Volume(array[None] if array.ndim == 2 else array, _affine(spacing, origin, axes[:, ::-1]))
+
+
+def spacing_of(mapping: Mapping[str, Any], name: str = "geometry") -> tuple[float, float, float] | None:
+    """The spacing stored with an array, mm in array order (D, H, W), or None; files of others may have it and nothing more.
+
+    Raises:
+        UserError: it is not three positive numbers.
+    """
+    if "spacing" not in mapping:
+        return None
+    depth, height, width = _numbers(mapping, "spacing", 3, name).tolist()
+    if min(depth, height, width) <= 0:
+        raise UserError(f"{name}: expected positive spacing, found {[depth, height, width]}; make the file again")
+    return depth, height, width
+
+
+def _numbers(mapping: Mapping[str, Any], key: str, count: int, name: str) -> np.ndarray:
+    try:
+        values = np.asarray(mapping[key], dtype=np.float64).ravel()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: expected {count} numbers as {key}, found {mapping[key]!r}; make the file again") from error
+    if values.size != count or not np.isfinite(values).all():
+        raise UserError(f"{name}: expected {count} finite numbers as {key}, found {values.tolist()}; make the file again")
+    return values
 
 
 # --- intensity --------------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from preprocess.common import Case, Settings, add_common_arguments, preprocess, 
 
 _COLUMNS = ("case", "image", "label", "split")
 _OPTIONAL_COLUMNS = ("patient",)
+DEFAULT_TEST_FRACTION = 0.2  # of an nnU-Net folder without labelsTs, as one of nnU-Net's five folds
 _MOST_LABELS = 255  # labels are uint8 between reading and writing
 
 
@@ -50,9 +51,12 @@ def read_pairs(path: Path) -> list[Case]:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark first
             rows = csv.DictReader(file, skipinitialspace=True)
             columns = [column.strip() for column in rows.fieldnames or ()]
-            if not set(_COLUMNS) <= set(columns) <= {*_COLUMNS, *_OPTIONAL_COLUMNS} or len(set(columns)) < len(columns):
+            if not set(_COLUMNS) <= set(columns) or len(set(columns)) < len(columns):
                 wanted = f"{', '.join(_COLUMNS)} and perhaps patient, separated by commas"
                 raise UserError(f"{path}: expected the columns {wanted}, found {', '.join(columns) or 'none'}")
+            unread = [column for column in columns if column not in (*_COLUMNS, *_OPTIONAL_COLUMNS)]
+            if unread:
+                print(f"{path}: the columns {', '.join(unread)} are not read")
             rows.fieldnames = columns
             return [_case_of_row(row, f"{path}, line {rows.line_num}", path.parent) for row in rows]
     except (UnicodeDecodeError, csv.Error) as error:
@@ -72,17 +76,21 @@ def _case_of_row(row: dict[Any, Any], place: str, folder: Path) -> Case:
 # --- nnU-Net ----------------------------------------------------------------------------------------------------------------------------
 
 
-def read_nnunet(root: Path, test_cases: Path | None = None, test_fraction: float | None = None, seed: int = 1234) -> tuple[list[Case], LabelMap]:
-    """The cases of an nnU-Net dataset folder (version 1 or 2) and its labels as they are; every case counts as a patient.
+def read_nnunet(
+    root: Path, test_cases: Path | None = None, test_fraction: float | None = None, seed: int = 1234, *, own_labels: bool = True
+) -> tuple[list[Case], LabelMap | None]:
+    """The cases of an nnU-Net dataset folder (version 1 or 2) and, with `own_labels`, its labels as they are; every case counts as a patient.
+
+    Without labelsTs the test cases are those of `test_cases`, else a share `test_fraction` drawn by `seed`.
 
     Raises:
-        UserError: no dataset.json or one not understood, several channels, a file without its partner, no rule for the test cases.
+        UserError: no dataset.json or one not understood, several channels, a file without its partner.
     """
     description = _read_dataset_json(root)
     channels = description.get("channel_names", description.get("modality"))
     if not isinstance(channels, dict) or len(channels) != 1:
         raise UserError(f"{root / 'dataset.json'}: expected one channel, found {channels!r}; choose one and list its files with --pairs")
-    label_map = _nnunet_labels(root / "dataset.json", description.get("labels"))
+    label_map = _nnunet_labels(root / "dataset.json", description.get("labels")) if own_labels else None
     train = _nnunet_pairs(root, "Tr")
     held_out = (root / "labelsTs").is_dir()
     if held_out and (test_cases is not None or test_fraction is not None):
@@ -93,7 +101,8 @@ def read_nnunet(root: Path, test_cases: Path | None = None, test_fraction: float
     if test_cases is not None:
         return _as_cases(train, _named_tests(test_cases, train)), label_map
     if test_fraction is None:
-        raise UserError(f"{root}: no labelsTs; say which cases are for testing with --test_cases FILE or --test_fraction F (0 for none)")
+        test_fraction = DEFAULT_TEST_FRACTION
+        print(f"{root}: no labelsTs; {test_fraction:.0%} of the cases are drawn for testing (seed {seed}); see --test_cases and --test_fraction")
     if not 0 <= test_fraction < 1:
         raise UserError(f"--test_fraction: expected a number from 0 to below 1, found {test_fraction:g}")
     names = sorted(train)
@@ -144,7 +153,7 @@ def _nnunet_labels(path: Path, labels: Any) -> LabelMap:
     if "ignore" in names.values():
         raise UserError(f"{path}: expected every voxel to be labelled, found an 'ignore' label; relabel it or leave those cases out")
     if sorted(names) != list(range(len(names))) or not 2 <= len(names) <= _MOST_LABELS + 1:
-        raise UserError(f"{path}: expected labels 0, 1, 2 ... without a gap, found {sorted(names)}; give a --label_map with --pairs")
+        raise UserError(f"{path}: expected labels 0, 1, 2 ... without a gap, found {sorted(names)}; map them with --label_map")
     return identity_label_map([names[value] for value in range(1, len(names))], "dataset.json")
 
 
@@ -190,7 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--pairs", type=Path, help="CSV file with the columns case, image, label, split and perhaps patient")
     source.add_argument("--nnunet", type=Path, help="nnU-Net dataset folder")
     parser.add_argument("--test_cases", type=Path, help="with --nnunet: text file that names the test cases, one a line")
-    parser.add_argument("--test_fraction", type=float, help="with --nnunet: share of the cases drawn for testing, 0 for none")
+    parser.add_argument("--test_fraction", type=float, help="with --nnunet: share drawn for testing, 0 for none (default 0.2 without labelsTs)")
     parser.add_argument("--seed", type=int, help="of that draw (default 1234)")
     parser.add_argument("--output", type=Path, required=True, help="output folder")
     parser.add_argument("--label_map", help="name in datasets/labels.py or a JSON file (default: labels as they are)")
@@ -207,18 +216,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.image_kind == "percentile" and args.window is not None:
         raise UserError("--window is for --image_kind ct_window; percentiles are taken from each image")
-    if args.seed is not None and args.test_fraction is None:
-        raise UserError("--seed is for --test_fraction")
+    if args.seed is not None and args.nnunet is None:
+        raise UserError("--seed is for the draw of --nnunet")
     if args.pairs is not None:
         if args.test_cases is not None or args.test_fraction is not None:
             raise UserError("--test_cases and --test_fraction are for --nnunet; a CSV file says the split itself")
         root, cases = args.pairs.parent, read_pairs(args.pairs)
-        own_labels = identity_label_map([f"label {value}" for value in range(1, _MOST_LABELS + 1)])
+        names = [f"label {value}" for value in range(1, _MOST_LABELS + 1)]
+        own_labels: LabelMap | None = identity_label_map(names) if args.label_map is None else None
     else:
         root = args.nnunet
-        cases, own_labels = read_nnunet(root, args.test_cases, args.test_fraction, 1234 if args.seed is None else args.seed)
+        seed = 1234 if args.seed is None else args.seed
+        cases, own_labels = read_nnunet(root, args.test_cases, args.test_fraction, seed, own_labels=args.label_map is None)
     window = tuple(args.window or CT_WINDOW) if args.image_kind == "ct_window" else None
-    label_map = own_labels if args.label_map is None else load_label_map(args.label_map)
+    label_map = own_labels or load_label_map(args.label_map)
     trim = args.pairs is not None and args.label_map is None
     settings = Settings(root, label_map, args.image_kind, window, args.orientation, trim_classes=trim)
     manifest = preprocess(cases, settings, args.output, num_workers=args.num_workers, overwrite=args.overwrite)

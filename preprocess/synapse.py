@@ -30,11 +30,12 @@ TRAIN_CASES = (5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 28, 30, 31, 33, 34, 37, 39, 4
 TEST_CASES = (8, 22, 38, 36, 32, 2, 29, 3, 1, 4, 25, 35)
 
 
-def find_cases(src_path: Path, *, allow_missing: bool = False) -> list[Case]:
+def find_cases(src_path: Path, *, require_all: bool = False) -> list[Case]:
     """The cases of the published split, training first; image and label are paired by the number in their names.
 
     Raises:
-        UserError: no such folders, an image without label or the reverse, a number twice or outside the split, or cases are missing.
+        UserError: no such folders, an image without label or the reverse, a number twice or outside the split, none at all, or with
+            `require_all` fewer than 30.
     """
     images = _numbered(src_path / "Training" / "img", "img")
     labels = _numbered(src_path / "Training" / "label", "label")
@@ -45,8 +46,10 @@ def find_cases(src_path: Path, *, allow_missing: bool = False) -> list[Case]:
     if unknown:
         raise UserError(f"{src_path}: cases {_listed(unknown)} are not in the published split; take them out or use preprocess/nifti.py")
     missing = sorted({*TRAIN_CASES, *TEST_CASES} - images.keys())
-    if missing and not allow_missing:
-        raise UserError(f"{src_path}: expected 30 cases, missing {_listed(missing)}; add them, or accept fewer with --allow_missing")
+    if missing and require_all:
+        raise UserError(f"{src_path}: expected the 30 cases of the published split, missing {_listed(missing)}; add them or leave out --require_all")
+    if missing:
+        print(f"warning: {src_path}: {30 - len(missing)} of the 30 cases of the published split are here; missing {_listed(missing)}")
     return [
         Case(name := f"case{number:04d}", split, name, images[number], labels[number])
         for split, numbers in (("train", TRAIN_CASES), ("test", TEST_CASES))
@@ -83,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--src_path", type=Path, required=True, help="folder that holds Training/img and Training/label")
     parser.add_argument("--dst_path", type=Path, required=True, help="output folder")
     parser.add_argument("--label_map", default="synapse8", help="name in datasets/labels.py or a JSON file (default %(default)s)")
-    parser.add_argument("--allow_missing", action="store_true", help="work on the cases that are there")
+    parser.add_argument("--require_all", action="store_true", help="refuse to work on a part of the 30 cases")
     add_common_arguments(parser)
     return parser
 
@@ -92,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     args = build_parser().parse_args(argv)
-    cases = find_cases(args.src_path, allow_missing=args.allow_missing)
+    cases = find_cases(args.src_path, require_all=args.require_all)
     # The published preprocessing pairs the arrays and never looks at the headers, so a rounded header must not stop it.
     settings = Settings(args.src_path, load_label_map(args.label_map), "ct_window", CT_WINDOW, strict_grid=False)
     manifest = preprocess(cases, settings, args.dst_path, num_workers=args.num_workers, overwrite=args.overwrite)

@@ -8,8 +8,11 @@ requirements="$checkout/$1"
 venv="$checkout/.venv"
 PYTHON="$venv/bin/python"
 
-base=${BASE_PYTHON:-python3}
-"$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $base is $("$base" -V)" >&2; exit 2; }
+for base in ${BASE_PYTHON:-python3 python3.11 python3.12}; do
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+    base=
+done
+[ -n "$base" ] || { echo "error: Python 3.11 or newer is needed and was not found; name it with BASE_PYTHON=/path/to/python" >&2; exit 2; }
 [ -x "$PYTHON" ] || "$base" -m venv "$venv"
 
 # The exact tested set is for one Python; on another one pip chooses within the lower bounds.

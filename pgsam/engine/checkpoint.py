@@ -72,6 +72,9 @@ def _read_samed(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
         found = f"an official SAM file ({vit_of(state)}); give it as --ckpt" if vit_of(state) else f"other tensors: {', '.join(list(state)[:5])}"
         raise UserError(f"{path}: expected SAMed's .pth (w_a_000, ..., mask_decoder.*), found {found}")
     info = describe_samed_state(state, str(path))
+    depth = VITS[info.vit_name].depth
+    if info.lora_layers != depth:
+        raise UserError(f"{path}: expected LoRA on all {depth} blocks of {info.vit_name}, found {info.lora_layers}; the file does not say which")
     card = ModelCard(
         info.module,
         info.vit_name,
@@ -117,7 +120,8 @@ def load_model(
     ours = path.suffix == ".safetensors"
     card, state = _read_release(path) if ours else _read_samed(path)
     trained_size = card.img_size
-    card = dataclasses.replace(card, img_size=img_size or card.img_size, input_size=input_size or card.input_size)
+    sizes: dict[str, Any] = {name: size for name, size in (("img_size", img_size), ("input_size", input_size)) if size is not None}
+    card = dataclasses.replace(card, **sizes)
     if not ours and verbose:
         print(
             f"{path.name}: SAMed's files do not say their settings; taken: img_size {card.img_size}, input_size {card.input_size}, "

@@ -20,10 +20,10 @@ def pick_device(name: str = "auto") -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, present in available.items() if present))
-    device = torch.device(name)
-    if not available.get(device.type, False):
+    kind = name.split(":")[0]
+    if not available.get(kind, False):
         raise UserError(f"--device {name}: this machine has {', '.join(k for k, present in available.items() if present)} only")
-    return device
+    return torch.device(name)
 
 
 def git_commit() -> str | None:

@@ -29,7 +29,7 @@ from pgsam.metrics import class_metrics, format_table, summarise
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.overlay import save_png, show_case
-from pgsam.volume_io import write_volume
+from pgsam.volume_io import Volume, reorient, write_volume
 
 PROTOCOLS = ("strict", "transunet")
 RESULTS = ("metrics.json", "metrics.csv", "test_log", "predictions", "overlays")
@@ -113,8 +113,7 @@ def evaluate(
         cases: dict[str, dict[str, dict[str, float | None]]] = {}
         for index, name in enumerate(folder.names):
             case = read_case(case_path(folder, name), name, card.num_classes)
-            with tqdm(total=len(case.image), desc=name, unit="slice", leave=False, disable=None) as bar:
-                labels = segment_slices(model, case.image, input_size=card.input_size, batch_size=batch_size, progress=bar.update)
+            labels = segment_case(model, card, case, case_path(folder, name), batch_size)
             raw = class_metrics(labels, case.label, card.num_classes, case.spacing_mm)
             cases[name] = {organ: {k: _jsonable(v) for k, v in raw[i + 1].items()} for i, organ in enumerate(card.class_names)}
             one = summarise({name: cases[name]}, card.class_names, "transunet", n_resamples=0)["mean"]
@@ -134,6 +133,28 @@ def evaluate(
         _write_csv(staging / "metrics.csv", cases)
         log("Testing Finished!")
     return results
+
+
+def segment_case(model: SliceModel, card: ModelCard, case: Case, path: Path, batch_size: int | None = None) -> np.ndarray:
+    """Labels `[D, H, W]` of a prepared volume in its stored orientation; the network sees it in the orientation it was trained on.
+
+    Raises:
+        UserError: the volume was scaled by another window than the training slices.
+    """
+    same = case.image_kind == card.image_kind and (card.image_kind == "percentile" or case.window == card.window)
+    if case.image_kind is not None and not same:
+        raise UserError(
+            f"{path} ({case.name}): was scaled by {case.image_kind} {case.window}, the checkpoint was trained on {card.image_kind} {card.window}; "
+            "preprocess the volumes as the training slices"
+        )
+    image, turned = case.image, None
+    # SAMed's files do not say their orientation: there the stored order is taken as it is, which is what SAMed does.
+    if case.geometry is not None and case.orientation != card.orientation and card.training_cases is not None:
+        turned = reorient(Volume(case.image, case.geometry.affine), card.orientation)
+        image = np.ascontiguousarray(turned.array)
+    with tqdm(total=len(image), desc=case.name, unit="slice", leave=False, disable=None) as bar:
+        labels = segment_slices(model, image, input_size=card.input_size, batch_size=batch_size, progress=bar.update)
+    return labels if turned is None else np.ascontiguousarray(reorient(Volume(labels, turned.affine), str(case.orientation)).array)
 
 
 def _jsonable(value: float) -> float | int | None:

@@ -12,7 +12,7 @@ import torch
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.resample import resize_cubic, resize_nearest
-from pgsam.tuning.lora import merge_lora
+from pgsam.tuning.lora import lora_merged
 from pgsam.volume_io import Volume, reorient, scale_intensity
 
 Progress = Callable[[int], object]
@@ -40,17 +40,17 @@ def segment_slices(
     device = next(model.parameters()).device
     size = model.img_size
     batch_size = batch_size or default_batch_size(size, device)
-    merge_lora(model)
     labels = np.empty(volume.shape, dtype=np.uint8)
-    for start in range(0, len(volume), batch_size):
-        slices = volume[start : start + batch_size].astype(np.float32, copy=False)
-        slices = resize_cubic(resize_cubic(slices, (input_size, input_size)), (size, size))
-        images = torch.from_numpy(np.ascontiguousarray(slices)).to(device)
-        masks = model(images[:, None].expand(-1, 3, -1, -1))["masks"]
-        found = masks.argmax(dim=1).to(torch.uint8).cpu().numpy()
-        labels[start : start + batch_size] = resize_nearest(found, volume.shape[1:])
-        if progress is not None:
-            progress(len(slices))
+    with lora_merged(model):
+        for start in range(0, len(volume), batch_size):
+            slices = volume[start : start + batch_size].astype(np.float32, copy=False)
+            slices = resize_cubic(resize_cubic(slices, (input_size, input_size)), (size, size))
+            images = torch.from_numpy(np.ascontiguousarray(slices)).to(device)
+            masks = model(images[:, None].expand(-1, 3, -1, -1))["masks"]
+            found = masks.argmax(dim=1).to(torch.uint8).cpu().numpy()
+            labels[start : start + batch_size] = resize_nearest(found, volume.shape[1:])
+            if progress is not None:
+                progress(len(slices))
     return labels
 
 

@@ -93,6 +93,9 @@ class ImageEncoder(nn.Module):
         expected = (self.in_chans, *(self.img_size,) * self.ndim)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(f"the encoder was built for input of shape (B, {', '.join(map(str, expected))}), not {tuple(images.shape)}")
+        absent = [level for level in levels or () if not 0 <= level < len(self.blocks)]
+        if absent:
+            raise ValueError(f"levels are indices of blocks, 0 to {len(self.blocks) - 1}, not {absent}")
         x = (self.patch_embed(images) + self.pos_embed).contiguous()  # (B, *grid, embed_dim)
         kept = {}
         for i, block in enumerate(self.blocks):

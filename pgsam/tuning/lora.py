@@ -9,6 +9,7 @@ is SAM's plus the factors. Merging writes the sum to a buffer that is never save
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,10 @@ class LoRALinear(nn.Module):
             self.unmerge()
         return super().train(mode)
 
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self.unmerge()  # what was merged is not what is being loaded
+        super()._load_from_state_dict(*arguments, **keywords)
+
 
 def lora_query_value(qkv: nn.Linear, rank: int) -> LoRALinear:
     """LoRA on the query and value rows of a fused projection `dim -> 3 * dim`."""
@@ -127,6 +132,19 @@ def unmerge_lora(model: nn.Module) -> None:
     """Undoes `merge_lora` exactly."""
     for layer in lora_layers(model).values():
         layer.unmerge()
+
+
+@contextmanager
+def lora_merged(model: nn.Module) -> Iterator[None]:
+    """Within this context every update is merged; afterwards the model is as it was before."""
+    before = [(layer, layer.merged) for layer in lora_layers(model).values()]
+    try:
+        with torch.inference_mode(False):  # the weights stay ordinary tensors, whatever mode the caller is in
+            merge_lora(model)
+        yield
+    finally:
+        for layer, merged in before:
+            layer.merged = merged
 
 
 @contextmanager

@@ -158,7 +158,7 @@ ON_READING = {
     "fractional label": (changed(label=with_value(0.5)), "expected whole numbers as labels"),
     "half a geometry": (geometry(origin=None), "origin missing"),
     "no spacing": (geometry(spacing=[0.0, 1.0, 1.0]), "positive spacing"),
-    "two spacings": (geometry(spacing=[1.0, 1.0]), "3, 3 and 9 numbers"),
+    "two spacings": (geometry(spacing=[1.0, 1.0]), "expected 3 finite numbers as spacing"),
 }
 
 
@@ -225,3 +225,14 @@ def test_what_h5py_raises_on_damaged_metadata(path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError) as error:
         check_case_header(path, NAME)
     assert_names(error, path, "damaged or truncated")
+
+
+def test_spacing_alone_is_used(tmp_path: Path) -> None:
+    """Files of others may carry the spacing and nothing more: millimetres are known, the place in the patient is not."""
+    path = tmp_path / "case.npy.h5"
+    with h5py.File(path, "w") as file:
+        file["image"], file["label"] = np.zeros((2, 3, 4), np.float32), np.zeros((2, 3, 4), np.uint8)
+        file.attrs["spacing"] = (5.0, 0.7, 0.8)
+    case = read_case(path, "case", 8)
+    assert (case.geometry, case.orientation, case.spacing_mm) == (None, None, (5.0, 0.7, 0.8))
+    assert case.on_source_grid(case.image).spacing_mm == pytest.approx((5.0, 0.7, 0.8))

@@ -283,7 +283,7 @@ def test_summary_counts_and_means_of_the_four_cases():
         "hd95_mm": (6.0, 1, 3),
     }
     assert liver["hd95_mm_penalised"]["mean"] == pytest.approx((6 + 90 + 90) / 3)
-    assert liver["hd95_mm"]["ci95"] is None
+    assert liver["hd95_mm"]["ci95"] == [6.0, 6.0], "one defined value: every resample that holds it is that value"
     liver = summarise(cases, ["liver"], "transunet")["organs"]["liver"]
     assert set(liver) == {"dsc", "hd95_vox", "n_missed", "n_false_positive"}
     assert (liver["dsc"]["mean"], liver["dsc"]["n"], liver["dsc"]["n_undefined"]) == (pytest.approx(1.8 / 4), 4, 0)
@@ -314,9 +314,9 @@ def test_the_overall_mean_is_over_organs_of_means_over_cases():
         ([0.0, 0.0, 1.0], [0.0, 1.0]),  # P(1) = 1/27 > 0.025
         ([0.0, 0.0, 0.0, 1.0], [0.0, 0.75]),  # P(1) = 1/256, P(3/4 or more) = 13/256
         ([1.0, NAN, 0.0], [0.0, 1.0]),
-        ([0.5], None),
+        ([0.5], [0.5, 0.5]),  # every resample of one case is that case
         ([NAN, NAN], None),
-        ([0.5, NAN], None),
+        ([0.5, NAN], [0.5, 0.5]),
     ],
 )
 def test_bootstrap_interval(values, interval):
@@ -379,11 +379,18 @@ def test_table_names_protocol_and_units():
         assert protocol in lines[0]
         assert all(unit in text for unit in ["DSC [0-100]", *units] for text in lines[:2])
         liver, spleen, mean = lines[3].split(), lines[4].split(), lines[6].split()
-        assert liver[:5] == ["liver", "80.00", "[80.00,", "80.00]", "3.00"]
+        assert liver[:3] == ["liver", "80.00", "3.00"]  # two equal values: no interval to print
         assert spleen[:2] == ["spleen", "0.00"]
         assert mean[:2] == ["mean", "40.00"]
         assert spleen[-3:] == ["2", "2", "0"]
         assert mean[-3:] == ["4", "2", "0"]
         assert len({len(line) for line in lines[1:]}) == 1
     assert "mm" not in lines[0]
+    cases["case1"]["liver"] = {**FOUR["both"], "dsc": 0.6}
+    assert format_table(summarise(cases, ["liver", "spleen"], "strict"), "strict").splitlines()[3].split()[:4] == [
+        "liver",
+        "70.00",
+        "[60.00,",
+        "80.00]",
+    ]
     assert "-" in format_table(summarise(cases, ["liver", "spleen"], "strict"), "strict").splitlines()[4].split()

@@ -173,7 +173,7 @@ ROW = ("a", "raw/a_ct.nii.gz", "raw/a_label.nii.gz", "train")
 OTHER = ("b", "raw/b_ct.nii.gz", "raw/b_label.nii.gz", "test")
 BAD_TABLES = {
     "missing column": (PLAIN[:3], [ROW[:3]], "expected the columns case, image, label, split"),
-    "unknown column": ((*PLAIN, "patient_id"), [(*ROW, "p")], "found case, image, label, split, patient_id"),
+    "column twice": ((*PLAIN, "split"), [(*ROW, "test")], "found case, image, label, split, split"),
     "empty table": (PLAIN, [], "at least one case"),
     "bad split": (PLAIN, [ROW, (*OTHER[:3], "val")], "case b: expected split train or test, found 'val'"),
     "empty cell": (PLAIN, [("a", "", *ROW[2:])], "line 2: expected a value for image"),
@@ -272,12 +272,33 @@ def test_nnunet_splits_by_name_and_by_seed(tmp_path):
     assert tests(None, 0.0) == []
     assert len(tests(None, 0.01)) == 1
     assert len(tests(None, 0.99)) == 5
-    for rule, message in (((None, None), "--test_fraction F"), ((None, 1.0), "below 1"), ((tmp_path / "no.txt",), "no such file")):
+    assert tests() == tests(None, 0.2)
+    assert len(tests()) == 1
+    for rule, message in (((None, 1.0), "below 1"), ((tmp_path / "no.txt",), "no such file")):
         with pytest.raises(UserError, match=message):
             tests(*rule)
     (tmp_path / "tests.txt").write_text("Tr_004\nTr_104\n")
     with pytest.raises(UserError, match="found Tr_104"):
         tests(tmp_path / "tests.txt")
+
+
+def test_a_label_map_makes_nnunets_label_numbers_free(tmp_path):
+    """Gaps and odd names matter only where the labels are taken as they are."""
+    root = make_nnunet(tmp_path / "data")
+    description = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps({**description, "labels": {"background": 0, "liver": 1, "tumour": 7}}))
+    with pytest.raises(UserError, match="--label_map"):
+        nifti.read_nnunet(root)
+    cases, labels = nifti.read_nnunet(root, own_labels=False)
+    assert cases
+    assert labels is None
+
+
+def test_columns_that_are_not_read_are_said(tmp_path, capsys):
+    path = tmp_path / "pairs.csv"
+    path.write_text("case,image,label,split,site\na,a.nii.gz,b.nii.gz,train,Bonn\n")
+    assert [case.name for case in nifti.read_pairs(path)] == ["a"]
+    assert "the columns site are not read" in capsys.readouterr().out
 
 
 BAD_NNUNET = {

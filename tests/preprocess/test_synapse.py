@@ -97,7 +97,7 @@ def test_the_files_order_is_kept_whatever_the_orientation(tmp_path, capsys):
     src, dst = tmp_path / "RawData", tmp_path / "out"
     make_case(src, 5)
     make_case(src, 8, np.diag([0.8, 0.7, -3.0, 1.0]))
-    assert run(src, dst, "--allow_missing") == 0
+    assert run(src, dst) == 0
     with h5py.File(dst / "test_vol_h5" / "case0008.npy.h5") as file:
         np.testing.assert_array_equal(file["image"], published(src, 8)[0])
         assert file.attrs["orientation"] == "RAI"
@@ -107,8 +107,8 @@ def test_the_files_order_is_kept_whatever_the_orientation(tmp_path, capsys):
 
 def test_command_line_with_processes_from_another_folder(few, tmp_path):
     src, dst = few
-    assert run(src, dst, "--allow_missing") == 0
-    command = [sys.executable, REPO / "preprocess" / "synapse.py", "--src_path", src, "--dst_path", "parallel", "--allow_missing"]
+    assert run(src, dst) == 0
+    command = [sys.executable, REPO / "preprocess" / "synapse.py", "--src_path", src, "--dst_path", "parallel"]
     subprocess.run([*command, "--num_workers", "2"], cwd=tmp_path, check=True, capture_output=True)
     one, two = (sorted(path.relative_to(root) for path in root.rglob("*.*")) for root in (dst, tmp_path / "parallel"))
     assert one == two
@@ -118,12 +118,12 @@ def test_command_line_with_processes_from_another_folder(few, tmp_path):
 
 def test_a_second_run_writes_nothing_and_a_lost_file_brings_back_its_case_only(few):
     src, dst = few
-    assert run(src, dst, "--allow_missing") == 0
+    assert run(src, dst) == 0
     first = snapshot(dst)
-    assert run(src, dst, "--allow_missing") == 0
+    assert run(src, dst) == 0
     assert snapshot(dst) == first
     (dst / "train_npz" / "case0006_slice001.npz").unlink()
-    assert run(src, dst, "--allow_missing") == 0
+    assert run(src, dst) == 0
     second = snapshot(dst)
     assert second.keys() == first.keys()
     assert {case_of(name) for name in first if second[name] != first[name] and name.endswith((".npz", ".h5"))} == {"case0006"}
@@ -131,20 +131,20 @@ def test_a_second_run_writes_nothing_and_a_lost_file_brings_back_its_case_only(f
 
 def test_changed_sources_and_settings_are_made_again(few):
     src, dst = few
-    assert run(src, dst, "--allow_missing") == 0
+    assert run(src, dst) == 0
     first = snapshot(dst)
     make_case(src, 8, seed=99)
-    assert run(src, dst, "--allow_missing") == 0
+    assert run(src, dst) == 0
     second = snapshot(dst)
     assert {case_of(name) for name in first if second[name] != first[name] and name.endswith((".npz", ".h5"))} == {"case0008"}
     with h5py.File(dst / "test_vol_h5" / "case0008.npy.h5") as file:
         np.testing.assert_array_equal(file["image"], published(src, 8)[0])
-    assert run(src, dst, "--allow_missing", "--label_map", "btcv13") == 0
+    assert run(src, dst, "--label_map", "btcv13") == 0
     for name in ("case0005_slice000", "case0006_slice001"):
         label = published(src, int(name[4:8]), range(14))[1][int(name[-3:])]
         np.testing.assert_array_equal(np.load(dst / "train_npz" / f"{name}.npz")["label"], label)
     third = snapshot(dst)
-    assert run(src, dst, "--allow_missing", "--label_map", "btcv13", "--overwrite") == 0
+    assert run(src, dst, "--label_map", "btcv13", "--overwrite") == 0
     assert all(after > third[name] for name, after in snapshot(dst).items() if name.endswith((".npz", ".h5")))
 
 
@@ -155,7 +155,7 @@ def test_one_bad_case_leaves_the_finished_ones_but_no_lists(few, capsys):
     (dst / "lists").mkdir(parents=True)
     (dst / "lists" / "train.txt").write_text("case0005_slice000\n")  # of an earlier run
     damaged.write_bytes(whole[:-8])
-    assert run(src, dst, "--allow_missing") == 2
+    assert run(src, dst) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "case0008" in message
     assert str(damaged) in message
@@ -164,7 +164,7 @@ def test_one_bad_case_leaves_the_finished_ones_but_no_lists(few, capsys):
     assert not list((dst / "test_vol_h5").iterdir())
     before = snapshot(dst)
     damaged.write_bytes(whole)
-    assert run(src, dst, "--allow_missing") == 0
+    assert run(src, dst) == 0
     after = snapshot(dst)
     assert all(after[name] == time for name, time in before.items() if name.endswith(".npz"))
     assert (dst / "lists" / "test_vol.txt").read_text() == "case0008\n"
@@ -174,7 +174,7 @@ def test_a_bad_case_among_processes_is_reported_and_the_others_are_kept(few, cap
     src, dst = few
     label = src / "Training" / "label" / "label0006.nii.gz"
     nib.save(nib.Nifti1Image(np.full((7, 6, 2), 77, np.uint8), LAS), label)
-    assert run(src, dst, "--allow_missing", "--num_workers", "2") == 2
+    assert run(src, dst, "--num_workers", "2") == 2
     message = capsys.readouterr().err
     assert "case0006" in message
     assert "77" in message
@@ -184,13 +184,13 @@ def test_a_bad_case_among_processes_is_reported_and_the_others_are_kept(few, cap
 
 def test_leftovers_of_a_killed_run_are_taken_away(few):
     src, dst = few
-    assert run(src, dst, "--allow_missing") == 0
+    assert run(src, dst) == 0
     manifest = json.loads((dst / "manifest.json").read_text())
     del manifest["cases"]["case0005"]
     (dst / "manifest.json").write_text(json.dumps(manifest))
     for name in ("case0005_slice007.npz", ".123.case0005_slice001.npz"):
         (dst / "train_npz" / name).write_bytes(b"half")
-    assert run(src, dst, "--allow_missing") == 0
+    assert run(src, dst) == 0
     assert {path.name for path in (dst / "train_npz").glob("*case0005*")} == {f"case0005_slice{index:03d}.npz" for index in range(4)}
 
 
@@ -198,11 +198,11 @@ def test_files_of_others_are_not_written_over(few, capsys):
     src, dst = few
     (dst / "train_npz").mkdir(parents=True)
     (dst / "train_npz" / "case0005_slice000.npz").write_bytes(b"the published file")
-    assert run(src, dst, "--allow_missing") == 2
+    assert run(src, dst) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (dst / "train_npz" / "case0005_slice000.npz").read_bytes() == b"the published file"
     (dst / "manifest.json").write_text("[]")
-    assert run(src, dst, "--allow_missing") == 2
+    assert run(src, dst) == 2
     assert "manifest" in capsys.readouterr().err
 
 
@@ -210,7 +210,7 @@ def test_image_and_label_are_paired_by_number(few, capsys):
     src, dst = few
     labels = src / "Training" / "label"
     (labels / "label0006.nii.gz").rename(labels / "label0007.nii.gz")  # still three and three: zipped lists would pair them
-    assert run(src, dst, "--allow_missing") == 2
+    assert run(src, dst) == 2
     message = capsys.readouterr().err
     assert "img0006.nii.gz" in message
     assert "label0007.nii.gz" in message
@@ -225,16 +225,16 @@ def test_sources_that_are_not_the_published_thirty(few, tmp_path, capsys):
         assert message in capsys.readouterr().err
         assert not dst.exists()
 
-    refused("missing 0001, 0002, 0003, 0004, 0007, 0009")
+    refused("missing 0001, 0002, 0003, 0004, 0007, 0009", "--require_all")
     refused("no such folder", source=tmp_path / "elsewhere")
-    refused("unknown label map", "--allow_missing", "--label_map", "synapse9")
+    refused("unknown label map", "--label_map", "synapse9")
     make_case(src, 11)
-    refused("0011 are not in the published split", "--allow_missing")
+    refused("0011 are not in the published split")
     (src / "Training" / "img" / "img0011.nii.gz").rename(src / "Training" / "img" / "scan11.nii.gz")
-    refused("scan11.nii.gz: expected a name as img0001.nii.gz", "--allow_missing")
+    refused("scan11.nii.gz: expected a name as img0001.nii.gz")
     (src / "Training" / "img" / "scan11.nii.gz").unlink()
     shutil.copy(src / "Training" / "img" / "img0005.nii.gz", src / "Training" / "img" / "img0005.nii")
-    refused("are both case 5", "--allow_missing")
+    refused("are both case 5")
 
 
 def test_image_and_label_of_different_shapes_or_headers(few, capsys):
@@ -243,13 +243,13 @@ def test_image_and_label_of_different_shapes_or_headers(few, capsys):
     image, label = (src / "Training" / folder / f"{folder}0005.nii.gz" for folder in ("img", "label"))
     correct = np.asarray(nib.load(label).dataobj)  # type: ignore[attr-defined]
     nib.save(nib.Nifti1Image(np.zeros((7, 6, 5), np.uint8), LAS), label)
-    assert run(src, dst, "--allow_missing") == 2
+    assert run(src, dst) == 2
     error = capsys.readouterr().err
     assert all(part in error for part in ("expected one shape, found (4, 6, 7)", str(image), str(label)))
     shifted = LAS.copy()
     shifted[0, 3] = 0.05
     nib.save(nib.Nifti1Image(correct, shifted), label)
-    assert run(src, dst, "--allow_missing") == 0
+    assert run(src, dst) == 0
     assert "place them apart in case0005;" in capsys.readouterr().out
     assert json.loads((dst / "manifest.json").read_text())["cases"]["case0005"]["grid_distance_mm"] == pytest.approx(0.05)
     images, labels = published(src, 5)

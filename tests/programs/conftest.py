@@ -86,7 +86,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of preprocess/synapse.py for them; not to be written in."""
     folder = tmp_path_factory.mktemp("prepared")
-    argv = ["--src_path", str(raw), "--dst_path", str(folder), "--allow_missing", "--num_workers", "1"]
+    argv = ["--src_path", str(raw), "--dst_path", str(folder), "--num_workers", "1"]
     assert _main("preprocess.synapse")(argv) == 0
     return folder
 

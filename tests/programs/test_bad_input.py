@@ -1,6 +1,7 @@
 """Everything a user can get wrong ends in one line on stderr and exit code 2, and leaves nothing half-done behind."""
 
 import gc
+import importlib
 import json
 import pickle
 import shutil
@@ -670,3 +671,10 @@ def test_a_bad_config_file(call, content, said, tmp_path):
     error = call("train", "--config", "flags.json", "--output", "o", *(() if "root_path" in content else ("--root_path", "d"))).refused(said)
     assert "flags.json" in error or "--img_size" in error
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("program", "flags"), [("train", ["--root_path", "a", "--output", "b"]), ("test", ["--checkpoint", "c.safetensors"])])
+def test_several_processes_are_refused_until_they_work(program, flags, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert importlib.import_module(program).main(flags) == 2
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE 2: expected one process")

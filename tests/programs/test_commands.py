@@ -483,7 +483,7 @@ def test_all_steps_from_another_folder(shell, from_scratch, tmp_path):
     assert all(PROGRAMS[script][0] in run(script, "--help") for script in PROGRAMS)
     run("datasets/phantom.py", "--output", "raw", "--cases", 5, 8, "--shape", 4, 48, 48)
     assert "4 training slices of 1 cases, 1 test volumes, 8 classes" in run(
-        "preprocess/synapse.py", "--src_path", "raw", "--dst_path", "data/Synapse", "--allow_missing", "--num_workers", 2
+        "preprocess/synapse.py", "--src_path", "raw", "--dst_path", "data/Synapse", "--num_workers", 2
     )
     lines = [
         f"{case},raw/Training/img/img{n:04d}.nii.gz,raw/Training/label/label{n:04d}.nii.gz,{split}"

@@ -3,8 +3,9 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import h5py
 import nibabel as nib
@@ -17,7 +18,9 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from datasets.layout import DataFolder
-from pgsam.engine.evaluate import evaluate, results_folder
+from datasets.volumes import Case
+from pgsam import build_model
+from pgsam.engine.evaluate import evaluate, results_folder, segment_case
 from pgsam.engine.predict import segment_slices
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
@@ -186,7 +189,7 @@ def test_summary_follows_the_words_of_both_protocols(results: Path) -> None:
     assert strict["spleen"]["dsc"]["mean"] == pytest.approx(np.mean(values), abs=1e-12)
     assert strict["spleen"]["dsc"]["ci95"][0] < strict["spleen"]["dsc"]["ci95"][1]
     assert (strict["spleen"]["n_missed"], strict["spleen"]["n_false_positive"]) == (0, 1)
-    assert strict["pancreas"]["dsc"] == {"mean": 0, "ci95": None, "n": 1, "n_undefined": 2}
+    assert strict["pancreas"]["dsc"] == {"mean": 0, "ci95": [0, 0], "n": 1, "n_undefined": 2}
     assert strict["pancreas"]["hd95_mm"] == {"mean": None, "ci95": None, "n": 0, "n_undefined": 3}
     assert (strict["pancreas"]["n_missed"], strict["pancreas"]["n_false_positive"]) == (1, 0)
 
@@ -323,3 +326,47 @@ def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+# --- volumes that are not stored or scaled as the training slices -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[SliceModel, ModelCard]:
+    torch.manual_seed(0)
+    model = build_model(vit_name="vit_tiny", img_size=64, num_classes=3, verbose=False).eval()
+    card = ModelCard("sam_lora_image_encoder", "vit_tiny", 64, 56, ("a", "b", "c"), training_cases=("x",), training_patients=("x",))
+    return model, card
+
+
+def stored(code: str, **fields: Any) -> Case:
+    """The same noise in the patient, stored in the orientation `code`."""
+    affine = np.zeros((4, 4))
+    affine[[2, 1, 0, 3], [0, 1, 2, 3]] = (3.0, 1.0, 2.0, 1.0)
+    noise = np.random.default_rng(0).random((6, 40, 48)).astype(np.float32)
+    volume = reorient(Volume(noise, affine), code)
+    image = np.ascontiguousarray(volume.array)
+    return Case("case", image, np.zeros(image.shape, np.uint8), volume, None, volume.spacing_mm, **fields)
+
+
+@pytest.mark.parametrize("code", ["LPS", "RAS", "PIR", "SLA"])
+def test_the_network_sees_every_volume_in_its_own_orientation(code: str, small: tuple[SliceModel, ModelCard]) -> None:
+    model, card = small
+    canonical, other = stored("LAS"), stored(code)
+    expected = segment_case(model, card, canonical, Path("a.h5"))
+    assert len(np.unique(expected)) > 1
+    found = segment_case(model, card, other, Path("b.h5"))
+    assert found.shape == other.image.shape
+    assert np.array_equal(reorient(Volume(found, other.geometry.affine), "LAS").array, expected)
+    # SAMed's files do not say what they were trained on: their volumes are taken in the order in which they are stored.
+    assumed = replace(card, training_cases=None, training_patients=None)
+    assert np.array_equal(segment_case(model, assumed, other, Path("b.h5")), segment_slices(model, other.image, input_size=56))
+
+
+def test_volumes_of_another_window_are_refused(small: tuple[SliceModel, ModelCard]) -> None:
+    model, card = small
+    segment_case(model, card, stored("LAS", image_kind="ct_window", window=(-125.0, 275.0)), Path("a.h5"))
+    segment_case(model, replace(card, image_kind="percentile", window=None), stored("LAS", image_kind="percentile", window=(3.0, 9.0)), Path("a.h5"))
+    for fields in ({"image_kind": "ct_window", "window": (-1000.0, 1000.0)}, {"image_kind": "percentile", "window": (3.0, 9.0)}):
+        with pytest.raises(UserError, match=rf"^a\.h5 \(case\): was scaled by {fields['image_kind']} .* trained on ct_window"):
+            segment_case(model, card, stored("LAS", **fields), Path("a.h5"))

@@ -5,7 +5,7 @@ from torch import nn
 from pgsam.models import build_model
 from pgsam.models.samed import SAMED, SAMED_S
 from pgsam.sam.build import build_image_encoder
-from pgsam.tuning.lora import add_encoder_lora, lora_disabled, lora_layers, lora_query_value, merge_lora, unmerge_lora
+from pgsam.tuning.lora import add_encoder_lora, lora_disabled, lora_layers, lora_merged, lora_query_value, merge_lora, unmerge_lora
 
 MODULES = (SAMED, SAMED_S)
 
@@ -120,3 +120,20 @@ def test_3d_encoder_takes_the_same_lora() -> None:
     base = encoder(torch.ones(1, 1, 32, 32, 32))
     add_encoder_lora(encoder, 4)
     assert torch.equal(encoder(torch.ones(1, 1, 32, 32, 32)), base)
+
+
+def test_merging_for_a_while_leaves_an_ordinary_model(images: torch.Tensor) -> None:
+    """A prediction in inference mode must not leave weights behind that autograd refuses, nor a stale sum after loading."""
+    model = tiny()
+    randomise_lora(model)
+    apart = model(images)["low_res_logits"]
+    with torch.inference_mode(), lora_merged(model):
+        assert all(layer.merged is not None for layer in lora_layers(model).values())
+        torch.testing.assert_close(model(images)["low_res_logits"], apart, rtol=0, atol=1e-5)
+    assert torch.equal(model(images)["low_res_logits"], apart)
+    merge_lora(model)
+    model(images)["low_res_logits"].sum().backward()
+    model.load_state_dict({name: torch.zeros_like(value) if ".lora_b" in name else value for name, value in model.state_dict().items()})
+    with lora_disabled(model):
+        base = model(images)["low_res_logits"]
+    assert torch.equal(model(images)["low_res_logits"], base)
