@@ -59,15 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_bundled_case(model, args: argparse.Namespace) -> None:
     """Segments the bundled phantom, prints its scores, writes a picture and the prediction."""
     from datasets.volumes import read_case
-    from pgsam.engine.predict import segment_slices
+    from pgsam.engine.evaluate import save_case_picture, segment_case
     from pgsam.metrics import class_metrics, format_table, summarise
     from pgsam.volume_io import write_volume
 
     card = model.card
     case = read_case(DEMO_CASE, "demo_case", card.num_classes)
     started = time.perf_counter()
-    with progress_bar(len(case.image)) as bar:
-        labels = segment_slices(model, case.image, input_size=card.input_size, batch_size=args.batch_size, progress=bar.update)
+    labels = segment_case(model, card, case, DEMO_CASE, args.batch_size)
     seconds = time.perf_counter() - started
     raw = class_metrics(labels, case.label, card.num_classes, case.spacing_mm)
     table = {"demo_case": {name: raw[i + 1] for i, name in enumerate(card.class_names)}}
@@ -75,7 +74,7 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
     print(f"{len(case.image)} slices in {seconds:.1f} s; a procedural phantom, not a patient")
     args.output.mkdir(parents=True, exist_ok=True)
     maps = [("reference", case.label), ("prediction", labels)]
-    save_picture(args.output / "demo_case.png", case.image, maps, card, case.orientation or card.orientation, case.spacing_mm)
+    save_case_picture(args.output / "demo_case.png", case.image, maps, card, case.orientation or card.orientation, case.spacing_mm)
     volume = case.on_source_grid(labels)
     write_volume(args.output / "demo_case_seg.nii.gz", volume.array, volume)
     print(f"wrote {args.output / 'demo_case.png'} and {args.output / 'demo_case_seg.nii.gz'}")
@@ -84,15 +83,17 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
 def segment_file(model, scan, args: argparse.Namespace) -> None:
     """Segments one scan and writes labels, picture and run.json."""
     import numpy as np
+    from tqdm import tqdm
 
     from pgsam.engine.device import environment
+    from pgsam.engine.evaluate import save_case_picture
     from pgsam.engine.predict import segment_scan
     from pgsam.sam.weights import sha256_of
     from pgsam.volume_io import Volume, reorient, write_volume
 
     card = model.card
     started = time.perf_counter()
-    with progress_bar(scan.array.shape[0]) as bar:
+    with tqdm(total=len(reorient(scan, card.orientation).array), desc="segmenting", unit="slice", disable=None) as bar:
         labels, image = segment_scan(model, scan, card, batch_size=args.batch_size, progress=bar.update)
     seconds = time.perf_counter() - started
     name = re.sub(r"\.nii(\.gz)?$", "", args.input.name, flags=re.IGNORECASE)
@@ -100,7 +101,7 @@ def segment_file(model, scan, args: argparse.Namespace) -> None:
     target = args.output / f"{name}_seg.nii.gz"
     write_volume(target, labels.array, labels)
     turned = reorient(Volume(labels.array, scan.affine), card.orientation).array
-    save_picture(args.output / f"{name}.png", image.array, [("prediction", turned)], card, image.orientation, image.spacing_mm)
+    save_case_picture(args.output / f"{name}.png", image.array, [("prediction", turned)], card, image.orientation, image.spacing_mm)
     run = {
         **environment(next(model.parameters()).device),
         "seconds": round(seconds, 3),
@@ -114,22 +115,6 @@ def segment_file(model, scan, args: argparse.Namespace) -> None:
     for i, organ in enumerate(card.class_names):
         print(f"{organ:16s} {np.count_nonzero(labels.array == i + 1) * ml:9.1f} ml")
     print(f"{len(image.array)} slices in {seconds:.1f} s; wrote {target} and {args.output / f'{name}.png'}")
-
-
-def progress_bar(total: int):
-    """A bar on a terminal, nothing elsewhere."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="segmenting", unit="slice", disable=None)
-
-
-def save_picture(path: Path, image, maps, card, orientation: str, spacing_mm) -> None:
-    """Writes the montage of one case."""
-    from datasets.labels import colour_of
-    from pgsam.overlay import save_png, show_case
-
-    colours = [colour_of(name, i) for i, name in enumerate(card.class_names)]
-    save_png(show_case(image, maps, card.class_names, colours, orientation=orientation, spacing_mm=spacing_mm), path)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pgsam.engine.device import git_commit, pick_device
 from pgsam.errors import UserError
-from pgsam.models import BUILDERS, SYNAPSE_CLASSES, build_model, resolve_class_names
+from pgsam.models import BUILDERS, build_model, resolve_class_names
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.samed import describe_samed_state, from_samed_state, is_samed_state
@@ -80,7 +80,7 @@ def _read_samed(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
         info.vit_name,
         img_size=SAMED_IMG_SIZE,
         input_size=SAMED_INPUT_SIZE,
-        class_names=resolve_class_names(info.num_classes, SYNAPSE_CLASSES if info.num_classes == 8 else None),
+        class_names=resolve_class_names(info.num_classes, None),
         rank=info.rank,
     )
     return card, state

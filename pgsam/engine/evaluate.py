@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from datasets.labels import colour_of
 from datasets.layout import DataFolder
 from datasets.volumes import Case, case_path, read_case
+from pgsam.engine.log import Log
 from pgsam.engine.predict import segment_slices
 from pgsam.errors import UserError
 from pgsam.metrics import class_metrics, format_table, summarise
@@ -31,6 +31,7 @@ from pgsam.models.card import ModelCard
 from pgsam.overlay import save_png, show_case
 from pgsam.volume_io import Volume, reorient, write_volume
 
+Spacing = tuple[float, float, float]
 PROTOCOLS = ("strict", "transunet")
 RESULTS = ("metrics.json", "metrics.csv", "test_log", "predictions", "overlays")
 
@@ -65,22 +66,6 @@ def results_folder(output_dir: str | Path) -> Iterator[Path]:
     staging.rmdir()
 
 
-class TestLog:
-    """Lines with SAMed's time stamp, on stdout and in a file."""
-
-    __test__ = False
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-
-    def __call__(self, message: str) -> None:  # noqa: D102
-        print(message)
-        stamp = datetime.now().strftime("%H:%M:%S.%f")[:-3]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(f"[{stamp}] {line}\n" for line in message.splitlines())
-
-
 def evaluate(
     model: SliceModel,
     card: ModelCard,
@@ -108,7 +93,7 @@ def evaluate(
         The content of `metrics.json`: `settings`, `cases` and `summary` (design section 3), undefined values as None.
     """
     with results_folder(output_dir) as staging:
-        log = TestLog(staging / "test_log" / "log.txt")
+        log = Log(staging / "test_log" / "log.txt")
         started = time.perf_counter()
         cases: dict[str, dict[str, dict[str, float | None]]] = {}
         for index, name in enumerate(folder.names):
@@ -118,7 +103,10 @@ def evaluate(
             cases[name] = {organ: {k: _jsonable(v) for k, v in raw[i + 1].items()} for i, organ in enumerate(card.class_names)}
             one = summarise({name: cases[name]}, card.class_names, "transunet", n_resamples=0)["mean"]
             log(f"idx {index} case {name} mean_dice {one['dsc']['mean']:f} mean_hd95 {one['hd95_vox']['mean']:f}")
-            _save_pictures(staging, case, labels, card)
+            maps = [("reference", case.label), ("prediction", labels)]
+            picture = staging / "overlays" / f"{name}.png"
+            picture.parent.mkdir(exist_ok=True)
+            save_case_picture(picture, case.image, maps, card, case.orientation or card.orientation, case.spacing_mm)
             if save_nifti:
                 _save_nifti(staging, case, labels)
         summary = {protocol: summarise(cases, card.class_names, protocol) for protocol in PROTOCOLS}
@@ -162,7 +150,7 @@ def _jsonable(value: float) -> float | int | None:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _log_summary(log: TestLog, summary: Mapping[str, Any], class_names: Sequence[str]) -> None:
+def _log_summary(log: Log, summary: Mapping[str, Any], class_names: Sequence[str]) -> None:
     published = summary["transunet"]
     for i, organ in enumerate(class_names):
         row = published["organs"][organ]
@@ -185,17 +173,12 @@ def _write_csv(path: Path, cases: Mapping[str, Mapping[str, Mapping[str, float |
                 writer.writerow({"case": case, "organ": organ, **{k: "" if v is None else v for k, v in values.items()}})
 
 
-def _save_pictures(staging: Path, case: Case, labels: np.ndarray, card: ModelCard) -> None:
-    (staging / "overlays").mkdir(exist_ok=True)
-    picture = show_case(
-        case.image,
-        [("reference", case.label), ("prediction", labels)],
-        card.class_names,
-        [colour_of(name, i) for i, name in enumerate(card.class_names)],
-        orientation=case.orientation or card.orientation,
-        spacing_mm=case.spacing_mm,
-    )
-    save_png(picture, staging / "overlays" / f"{case.name}.png")
+def save_case_picture(
+    path: Path, image: np.ndarray, maps: Sequence[tuple[str, np.ndarray]], card: ModelCard, orientation: str, spacing_mm: Spacing | None
+) -> None:
+    """Writes `overlay.show_case` of one case with the organs' fixed colours."""
+    colours = [colour_of(name, i) for i, name in enumerate(card.class_names)]
+    save_png(show_case(image, maps, card.class_names, colours, orientation=orientation, spacing_mm=spacing_mm), path)
 
 
 def _save_nifti(staging: Path, case: Case, labels: np.ndarray) -> None:

@@ -14,7 +14,6 @@ import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from datasets.slices import EpochSampler, SliceDataset
 from pgsam.engine.checkpoint import save_release, save_training_state, trained_state
 from pgsam.engine.device import environment
+from pgsam.engine.log import Log
 from pgsam.engine.schedule import learning_rate
 from pgsam.errors import UserError
 from pgsam.losses import SegmentationLoss
@@ -68,6 +68,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made ({error}); give another --output") from error
+        self.log = Log(self.path / "log.txt")
 
     @staticmethod
     def check_free(path: str | Path) -> None:
@@ -79,13 +80,6 @@ class RunFolder:
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes a JSON file in the folder."""
         (self.path / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-    def log(self, message: str) -> None:
-        """Prints a message and appends it to `log.txt` with SAMed's time stamp."""
-        print(message, flush=True)
-        stamp = datetime.now().strftime("%H:%M:%S.%f")[:-3]
-        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
-            file.writelines(f"[{stamp}] {line}\n" for line in message.splitlines())
 
     def add_history(self, row: Mapping[str, Any]) -> None:
         """Appends a row to `history.csv`, with a header before the first."""

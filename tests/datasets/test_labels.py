@@ -145,3 +145,11 @@ def test_colours_follow_the_organ_and_differ():
         assert palette.min() >= 0
         assert palette.max() <= 255
     assert np.ptp(colours, axis=1).min() > 60  # never grey, on a grey CT
+
+
+def test_models_know_synapses_names_by_the_same_words() -> None:
+    """pgsam.models must not import datasets, so the eight names stand in both."""
+    from datasets.labels import SYNAPSE8_NAMES
+    from pgsam.models import SYNAPSE_CLASSES
+
+    assert SYNAPSE_CLASSES == SYNAPSE8_NAMES
