@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"{args.output}: expected a folder for the results, found a file; give another -o")
     if args.input is None:
+        if args.slice_reports is not None or args.text_dir is not None:
+            raise UserError("--slice_reports, --text_dir: give the scan they are about with -i")
         run_bundled_case(open_model(args, pick_device(args.device)), args)
     else:
         from pgsam.volume_io import read_volume
@@ -88,15 +90,22 @@ def segment_file(model, scan, args: argparse.Namespace) -> None:
     from pgsam.engine.device import environment
     from pgsam.engine.evaluate import save_case_picture
     from pgsam.engine.predict import segment_scan
+    from pgsam.engine.text_flags import notes_on_texts, open_slice_texts
     from pgsam.sam.weights import sha256_of
     from pgsam.volume_io import Volume, reorient, write_volume
 
     card = model.card
-    started = time.perf_counter()
-    with tqdm(total=len(reorient(scan, card.orientation).array), desc="segmenting", unit="slice", disable=None) as bar:
-        labels, image = segment_scan(model, scan, card, batch_size=args.batch_size, progress=bar.update)
-    seconds = time.perf_counter() - started
     name = re.sub(r"\.nii(\.gz)?$", "", args.input.name, flags=re.IGNORECASE)
+    slices = len(reorient(scan, card.orientation).array)
+    reader = open_slice_texts(args, model)
+    texts = reader.read_case(name, slices) if reader is not None else None
+    started = time.perf_counter()
+    with tqdm(total=slices, desc="segmenting", unit="slice", disable=None) as bar:
+        labels, image = segment_scan(model, scan, card, batch_size=args.batch_size, texts=texts, progress=bar.update)
+    seconds = time.perf_counter() - started
+    notes = notes_on_texts(model, reader)
+    for note in notes:
+        print(note)
     args.output.mkdir(parents=True, exist_ok=True)
     target = args.output / f"{name}_seg.nii.gz"
     write_volume(target, labels.array, labels)
@@ -109,6 +118,7 @@ def segment_file(model, scan, args: argparse.Namespace) -> None:
         "input_sha256": sha256_of(args.input),
         "checkpoint": args.checkpoint.name,
         "checkpoint_sha256": sha256_of(args.checkpoint),
+        "notes": notes,
     }
     (args.output / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     ml = float(np.prod(scan.spacing_mm)) / 1000

@@ -1,6 +1,6 @@
 """Tests a checkpoint on prepared volumes: DSC and HD95 per organ, in two protocols that are named in every table.
 
-    python test.py --checkpoint runs/samed/final.safetensors --volume_path data/Synapse --output_dir results/samed --is_savenii
+    python test.py --checkpoint runs/pg_sam/final.safetensors --data_dir data/Synapse --output_dir results/pg_sam --is_savenii
     python test.py --lora_ckpt epoch_159.pth --ckpt sam_vit_b_01ec64.pth --volume_path data/Synapse --output_dir results/published   # SAMed's file
 
 --volume_path takes the prepared folder or its test_vol_h5; the list is lists/test_vol.txt beside it unless --list_dir says otherwise. Module,
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pgsam.engine.device import environment, pick_device
     from pgsam.engine.evaluate import evaluate
     from pgsam.engine.flags import check_model_flags, jsonable, open_model, parse, refuse_torchrun, require_at_least
+    from pgsam.engine.text_flags import open_slice_texts
     from pgsam.engine.train import seed_everything
 
     args = parse(build_parser(), argv)
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seed_everything(args.seed, bool(args.deterministic))
     model = open_model(args, device)
     refuse_overlap(model.card, folder, args.allow_overlap)
+    texts = open_slice_texts(args, model)
     evaluate(
         model,
         model.card,
@@ -63,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings={"flags": jsonable(args)},
         batch_size=args.batch_size,
         save_nifti=args.is_savenii,
+        texts=texts,
         run={**environment(device), "world_size": 1},
     )
     return 0

@@ -1,21 +1,22 @@
-"""Trains a SAM-based segmenter on prepared slices.
+"""Trains a SAM-based segmenter on prepared slices: PG-SAM, unless --module says otherwise.
 
 Prepare the data first (preprocess/synapse.py for BTCV's raw layout, preprocess/nifti.py for any labelled NIfTI), then
 
-    python train.py --root_path data/Synapse --output runs/samed --warmup --AdamW                  # Meta's file at its default place
-    python train.py --root_path data/Synapse --output runs/samed --ckpt weights/sam_vit_b_01ec64.pth --warmup --AdamW
-    python train.py --root_path data/mine --output runs/tiny --vit_name vit_tiny --ckpt none --tune full --img_size 224 --warmup --AdamW
+    python train.py --root_path data/Synapse --output runs/pg_sam --warmup --AdamW                 # Meta's file at its default place
+    python train.py --root_path data/Synapse --output runs/samed --module sam_lora_image_encoder --ckpt weights/sam_vit_b_01ec64.pth
+    python train.py --root_path data/mine --output runs/tiny --vit_name vit_tiny --ckpt none --tune full --class_tokens text
 
 --root_path takes the prepared folder or its train_npz; the list is lists/train.txt beside it unless --list_dir says otherwise. The output
 folder gets config.json, command.txt, env.json, log.txt, history.csv, tensorboard/, last.pt and, at the end, final.safetensors, which test.py
-and infer_demo.py read. Defaults of a flag marked (by module) are those of the published method.
+and infer_demo.py read. Defaults of a flag marked (by module) are those of the published method; --root_path and --output default to the names
+that PG-SAM's README uses. PG-SAM's organ reports are built in; --reports gives others, and --slice_reports adds one on each slice.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pgsam.errors import Parser, UserError, reports_user_errors
 
@@ -23,10 +24,33 @@ if TYPE_CHECKING:
     from datasets.layout import DataFolder
     from pgsam.models.card import ModelCard
 
-# What each published method was trained with: 512 px, lr 0.005, 200 epochs of which 160 are run.
-SAMED_RECIPE = {"img_size": 512, "base_lr": 0.005, "max_epochs": 200, "stop_epoch": 160, "warmup": False, "AdamW": False}
+# What each published method was trained with. SAMed: 512 px, lr 0.005, 200 epochs of which 160 are run.
+SAMED_RECIPE = {
+    "img_size": 512,
+    "base_lr": 0.005,
+    "max_epochs": 200,
+    "stop_epoch": 160,
+    "warmup": False,
+    "AdamW": False,
+    "augment": "samed",
+    "loss_resolution": "low",
+}
+# PG-SAM: its README's command and its paper; the released code stops at epoch 20 whatever is asked, here stop_epoch follows max_epochs.
+PG_SAM_RECIPE = {
+    "img_size": 224,
+    "base_lr": 0.0026,
+    "max_epochs": 300,
+    "stop_epoch": 300,
+    "warmup": True,
+    "AdamW": True,
+    "augment": "hsam",
+    "loss_resolution": "both",
+}
 MOST_CLASSES = 255
-RECIPES = {"sam_lora_image_encoder": SAMED_RECIPE, "sam_lora_image_encoder_mask_decoder": SAMED_RECIPE}
+RECIPES = {"pg_sam": PG_SAM_RECIPE, "sam_lora_image_encoder": SAMED_RECIPE, "sam_lora_image_encoder_mask_decoder": SAMED_RECIPE}
+# Flags that only a module with text knows: name in args -> its default there.
+PRIOR_FLAGS = {"class_tokens": "learned", "aligner": "gated", "fusion": "gated", "refine_steps": 3, "alignment_weight": 0.5, "deep_weight": 0.5}
+TEXT_FLAGS = ("reports", "text_encoder", "text_lora", "slice_reports", "text_dir", "text_list", "allow_missing_text")
 
 
 def build_parser() -> Parser:
@@ -35,14 +59,18 @@ def build_parser() -> Parser:
     from datasets.labels import DATASETS
     from pgsam.engine.device import DEVICES
     from pgsam.engine.flags import add_deterministic
+    from pgsam.engine.text_flags import add_slice_report_flags
     from pgsam.models import BUILDERS, DEFAULT_MODULE
+    from pgsam.models.pg_sam import CLASS_TOKENS, FUSIONS, NO_ALIGNER
+    from pgsam.prior.aligner import ALIGNERS
+    from pgsam.prior.text_encoder import BUILTIN_ENCODER
     from pgsam.sam.build import VITS
 
     parser = Parser(__doc__)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--config", metavar="FILE.json", help="flags as JSON; the command line goes before it")
-    add("--root_path", required=True, help="prepared folder, or its train_npz")
-    add("--output", required=True, help="folder of this run; new or empty")
+    add("--root_path", default="data/Synapse", help="prepared folder, or its train_npz (default %(default)s)")
+    add("--output", default="output", help="folder of this run; new or empty (default %(default)s)")
     add(
         "--dataset",
         default="Synapse",
@@ -59,7 +87,7 @@ def build_parser() -> Parser:
     add("--tune", default="lora", choices=("lora", "full"), help="train LoRA, prompt encoder and decoder, or every parameter")
     add("--img_size", type=int, help="side of the network's input, a multiple of 16 (by module)")
     add("--input_size", type=int, default=224, help="slices go to this size first, then to img_size (default %(default)s)")
-    add("--augment", default="samed", choices=list(AUGMENTATIONS), help="augmentation (default %(default)s)")
+    add("--augment", choices=list(AUGMENTATIONS), help="augmentation (by module)")
     add("--max_epochs", type=int, help="length of the learning-rate schedule (by module)")
     add("--stop_epoch", type=int, help="train this many epochs (by module, at most max_epochs)")
     add("--batch_size", type=int, default=12, help="slices a step (default %(default)s)")
@@ -69,7 +97,17 @@ def build_parser() -> Parser:
     add("--AdamW", action=switch, default=None, help="AdamW instead of SGD (by module)")
     add("--weight_decay", type=float, help="default 0.1 for AdamW, 1e-4 for SGD")
     add("--dice_param", type=float, default=0.8, help="weight w of Dice in (1 - w) CE + w Dice (default %(default)s)")
-    add("--loss_resolution", default="low", choices=("low", "both"), help="loss at a quarter of img_size, or there and at img_size")
+    add("--loss_resolution", choices=("low", "both"), help="loss at a quarter of img_size, or there and at img_size (by module)")
+    add("--class_tokens", choices=CLASS_TOKENS, help="class tokens of PG-SAM: learned, or made from the organ reports (default learned)")
+    add("--aligner", choices=(*ALIGNERS, NO_ALIGNER), help="FGMPA: ours, the paper's equations, or none (default gated)")
+    add("--fusion", choices=FUSIONS, help="MLFF: added to SAM's upscaling, in its place as in the paper, or none (default gated)")
+    add("--refine_steps", type=int, help="steps of IMO, 0 for none (default 3)")
+    add("--alignment_weight", type=float, help="of the loss of the similarity maps (default 0.5)")
+    add("--deep_weight", type=float, help="of the loss of the refiner's steps before the last (default 0.5)")
+    add("--reports", help="organ reports, a JSON file; none tells every organ the empty text (default: the built-in ones)")
+    add("--text_encoder", help=f"name or folder of a transformers text model (default {BUILTIN_ENCODER}, embedded already)")
+    add("--text_lora", type=int, help="rank of LoRA in the text encoder, which then runs at every step (default 0: frozen)")
+    add_slice_report_flags(parser)
     add("--seed", type=int, default=1234, help="of weights, order and augmentation (default %(default)s)")
     add_deterministic(parser)
     add("--num_workers", type=int, help="data loading processes; changes no number (default: 0 on a CPU, else one a core, at most 8)")
@@ -90,6 +128,7 @@ def resolve(args: argparse.Namespace) -> None:
             setattr(args, name, value)
     require_at_least(args, num_classes=1, rank=1, input_size=16, max_epochs=1, stop_epoch=1, batch_size=1)
     require_at_least(args, warmup_period=1, weight_decay=0, num_workers=0, seed=0)
+    resolve_text(args)
     check_img_size(args.img_size)
     if args.stop_epoch > args.max_epochs:
         raise UserError(f"--stop_epoch {args.stop_epoch}: expected at most --max_epochs {args.max_epochs}, the length of the schedule")
@@ -103,8 +142,36 @@ def resolve(args: argparse.Namespace) -> None:
         args.rank = 4
     if args.rank is not None and args.rank > vit_sizes(args.vit_name).out_chans:
         raise UserError(f"--rank {args.rank}: expected at most {vit_sizes(args.vit_name).out_chans}, the decoder's width")
-    if args.tune == "full" and args.module != "sam_lora_image_encoder":
+    if args.tune == "full" and args.module == "sam_lora_image_encoder_mask_decoder":
         raise UserError(f"--tune full: trains every parameter, which leaves nothing of --module {args.module}; use sam_lora_image_encoder")
+
+
+def resolve_text(args: argparse.Namespace) -> None:
+    """The part of `resolve` that is about reports and what reads them."""
+    from pgsam.engine.flags import require_at_least
+    from pgsam.models import READS_TEXT
+    from pgsam.prior.text_encoder import BUILTIN_ENCODER
+
+    if args.module not in READS_TEXT:
+        given = [f"--{name}" for name in (*PRIOR_FLAGS, *TEXT_FLAGS) if getattr(args, name) not in (None, False)]
+        if given:
+            raise UserError(f"{', '.join(given)}: --module {args.module} has no such part; leave it out, or use --module {READS_TEXT[0]}")
+        return
+    for name, value in PRIOR_FLAGS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    require_at_least(args, refine_steps=0, alignment_weight=0, deep_weight=0, text_lora=0)
+    if args.class_tokens == "text" and (args.allow_missing_text and args.slice_reports is None and args.text_dir is None):
+        raise UserError("--allow_missing_text: with --class_tokens text a class is its report, so no organ's may be missing; leave it out")
+    if args.class_tokens == "text" and args.reports == "none":
+        raise UserError("--reports none: with --class_tokens text a class is its report; use --class_tokens learned")
+    reads = args.class_tokens == "text" or args.aligner != "none"
+    given = [f"--{name}" for name in TEXT_FLAGS if getattr(args, name) not in (None, False)]
+    if given and not reads:
+        raise UserError(f"{', '.join(given)}: nothing reads it with --aligner none and learned class tokens; leave it out")
+    if args.aligner == "none" and (args.slice_reports is not None or args.text_dir is not None):
+        raise UserError("--aligner none: reports on slices are read by the aligner; leave them out, or give an aligner")
+    args.text_encoder, args.text_lora = args.text_encoder or BUILTIN_ENCODER, args.text_lora or 0
 
 
 def class_names_of(folder: "DataFolder", args: argparse.Namespace) -> tuple[str, ...]:
@@ -144,6 +211,7 @@ def card_of(folder: "DataFolder", names: tuple[str, ...], ckpt: Path | None, opt
         orientation=manifest.get("orientation") or BTCV_ORIENTATION,
         image_kind=manifest.get("image_kind", "ct_window"),
         window=tuple(manifest["window"]) if manifest.get("window") else None,
+        class_tokens=args.class_tokens or "learned",
         options=options,
         dataset=args.dataset,
         training_cases=folder.cases(),
@@ -152,17 +220,36 @@ def card_of(folder: "DataFolder", names: tuple[str, ...], ckpt: Path | None, opt
     )
 
 
+def options_of(args: argparse.Namespace, *, slice_text: bool) -> dict[str, Any]:
+    """The module's options that differ from its defaults, as the checkpoint stores them."""
+    options = {"tune": args.tune} if args.tune != "lora" else {}
+    if args.module == "pg_sam":
+        options |= {"aligner": args.aligner, "fusion": args.fusion, "refine_steps": args.refine_steps, "slice_text": slice_text}
+        options |= {"text_lora": args.text_lora} if args.text_lora else {}
+    return options
+
+
+def text_settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `build_model` is told besides: settings of the reports, which the checkpoint stores apart."""
+    if args.module != "pg_sam":
+        return {}
+    names = ("class_tokens", "reports", "text_encoder", "allow_missing_text")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
     from datasets.augment import AUGMENTATIONS
     from datasets.layout import find_data
     from datasets.slices import SliceDataset
-    from pgsam.engine.checkpoint import start_from
+    from pgsam.engine.checkpoint import start_from, with_told
     from pgsam.engine.device import pick_device
     from pgsam.engine.flags import jsonable, parse, refuse_torchrun, resolve_ckpt
+    from pgsam.engine.text_flags import SliceTextReader, read_store
     from pgsam.engine.train import Recipe, RunFolder, default_workers, seed_everything, train, write_provenance
     from pgsam.models import build_model
+    from pgsam.models.pg_sam import PGSam, text_dim
     from pgsam.sam.weights import require_file
     from pgsam.tuning.trainable import trainable_report
 
@@ -181,11 +268,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=args.seed,
         augment=AUGMENTATIONS[args.augment],
     )
+    store = read_store(args)
     ckpt = resolve_ckpt(args.ckpt, args.vit_name)
     if ckpt is not None:
         require_file(ckpt, f"the official SAM file of {args.vit_name}")
     seed_everything(args.seed, bool(args.deterministic))
-    options = {"tune": args.tune} if args.tune != "lora" else {}
+    options = options_of(args, slice_text=store is not None)
     model = build_model(
         args.module,
         vit_name=args.vit_name,
@@ -195,8 +283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank=args.rank or 4,
         ckpt=ckpt,
         **options,
+        **text_settings_of(args),
     )
-    card = card_of(folder, names, ckpt, options, args)
+    card = with_told(card_of(folder, names, ckpt, options, args), model)
     if args.lora_ckpt is not None:
         start_from(model, args.lora_ckpt, card)
     recipe = Recipe(
@@ -209,13 +298,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         weight_decay=args.weight_decay,
         dice_param=args.dice_param,
         loss_resolution=args.loss_resolution,
+        alignment_weight=args.alignment_weight or 0.0,
+        deep_weight=args.deep_weight or 0.0,
         seed=args.seed,
         deterministic=bool(args.deterministic),
         num_workers=default_workers(device.type) if args.num_workers is None else args.num_workers,
     )
     run = RunFolder(args.output)
-    write_provenance(run, ["python", "train.py", *(argv if argv is not None else sys.argv[1:])], jsonable(args), recipe, card)
+    write_provenance(run, ["python", "train.py", *(argv if argv is not None else sys.argv[1:])], jsonable(args), recipe, card, model)
     run.log(trainable_report(model))
+    if isinstance(model, PGSam) and model.told is not None:
+        run.log(f"reports on {len(model.told.reports)} of {len(names)} organs, read by {model.told.encoder}")
+    if store is not None:
+        reader = SliceTextReader(
+            store, encoder=None if args.text_lora else args.text_encoder, dim=text_dim(model), allow_missing=args.allow_missing_text
+        )
+        dataset.texts, dataset.missing_text = reader.read(dataset.names), reader.missing
+        run.log(reader.summary())
     train(model, dataset, recipe, run, card, device)
     return 0
 

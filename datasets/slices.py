@@ -6,7 +6,7 @@ epoch and its index only: the sampler hands the epoch to the dataset with the in
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -22,6 +22,7 @@ from pgsam.resample import resize_cubic, resize_nearest
 
 IMAGE_RANGE = (-0.5, 1.5)  # cubic down-sampling may overshoot [0, 1]; raw Hounsfield units never fit in here
 KEYS = ("image", "label")
+TEXT_DROPOUT = 0.1
 # What zipfile, zlib and numpy raise on damaged archives (RuntimeError: flags that say encrypted, or a method there is none of).
 _DAMAGE = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError, TokenError)
 
@@ -106,8 +107,11 @@ class SliceDataset(Dataset):
         input_size: every slice is brought to this size first (as in SAMed, whose files are 224 x 224), augmented, then brought to `img_size`.
         seed: with epoch and index, determines the augmentation.
         augment: what to do to a slice at `input_size`.
+        texts: a report on each slice by its name: vectors (D,), or words where the text encoder is trained too.
+        missing_text: stands for a report that is not there; it also takes the place of one in ten that are, so that a model learns what it means.
 
-    An item, by `(epoch, index)`: `image` (1, S, S) float32, `label` (S, S) and `low_res_label` (S/4, S/4) uint8, and `case`, the slice's name.
+    An item, by `(epoch, index)`: `image` (1, S, S) float32, `label` (S, S) and `low_res_label` (S/4, S/4) uint8, `case`, the slice's name, and
+    with `texts` the slice's `text`.
     """
 
     def __init__(
@@ -119,11 +123,14 @@ class SliceDataset(Dataset):
         input_size: int,
         seed: int = 1234,
         augment: Augmentation = samed_augmentation,
+        texts: Mapping[str, torch.Tensor] | Mapping[str, str] | None = None,
+        missing_text: torch.Tensor | str = "",
     ) -> None:
         self.folder = folder
         self.names = folder.names
         self.paths = [folder.files / f"{name}.npz" for name in self.names]
         self.num_classes, self.img_size, self.input_size, self.seed, self.augment = num_classes, img_size, input_size, seed, augment
+        self.texts, self.missing_text = texts, missing_text
         for name, path in zip(self.names, self.paths, strict=True):
             check_slice_header(path, name)
 
@@ -135,16 +142,20 @@ class SliceDataset(Dataset):
         name = self.names[index]
         image, label = read_slice(self.paths[index], name, self.num_classes)
         size = (self.input_size, self.input_size)
-        image, label = self.augment(resize_cubic(image, size), resize_nearest(label, size), np.random.default_rng((self.seed, epoch, index)))
+        rng = np.random.default_rng((self.seed, epoch, index))
+        image, label = self.augment(resize_cubic(image, size), resize_nearest(label, size), rng)
         size = (self.img_size, self.img_size)
         image, label = resize_cubic(np.ascontiguousarray(image), size), resize_nearest(np.ascontiguousarray(label), size)
         low_res_label = resize_nearest(label, (self.img_size // 4, self.img_size // 4))
-        return {
+        item = {
             "image": torch.from_numpy(image)[None],
             "label": torch.from_numpy(label),
             "low_res_label": torch.from_numpy(low_res_label),
             "case": name,
         }
+        if self.texts is not None:
+            item["text"] = self.missing_text if rng.random() < TEXT_DROPOUT else self.texts.get(name, self.missing_text)
+        return item
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -6,6 +6,7 @@ on CUDA (no scatter; cross-entropy over rows, not over images).
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,29 +52,72 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(rows, labels.reshape(-1).long())
 
 
+def cross_entropy_and_dice(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` and `dice_loss` of the same logits in half the time: one soft-max, no rearranged copy, all element-wise.
+
+    A label outside [0, C), which `cross_entropy` refuses, adds nothing here; the datasets check labels when they read them.
+    """
+    _check(logits, labels)
+    log_shares = _at_least_float32(logits).log_softmax(dim=1)
+    channels = torch.arange(logits.shape[1], device=labels.device).view(1, -1, 1, 1)
+    other = labels.unsqueeze(1) != channels  # (B, C, H, W) bool
+    ce = -log_shares.masked_fill(other, 0).sum() / labels.numel()
+    shares = log_shares.exp()
+    intersection = shares.masked_fill(other, 0).sum((0, 2, 3))
+    predicted = shares.square().sum((0, 2, 3))
+    present = labels.numel() - other.sum((0, 2, 3)).to(shares.dtype)
+    return ce, (1 - (2 * intersection + SMOOTH) / (predicted + present + SMOOTH)).mean()
+
+
+def alignment_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of "which organ's report does this location show" against the part of the location that each organ fills.
+
+    Args:
+        logits: (B, K+1, h, w), channel 0 for no organ (`alignment_logits` of PG-SAM).
+        labels: (B, H, W) integers in [0, K], H and W multiples of h and w.
+
+    Returns a scalar tensor, the mean over locations. Raises ValueError on shapes that do not fit.
+    """
+    height, width = logits.shape[2:]
+    if labels.ndim != 3 or len(labels) != len(logits) or labels.shape[1] % height or labels.shape[2] % width:
+        raise ValueError(f"expected labels (B, n * {height}, m * {width}) for logits {tuple(logits.shape)}, got {tuple(labels.shape)}")
+    channels = torch.arange(logits.shape[1], device=labels.device).view(1, -1, 1, 1)
+    one_hot = (labels.unsqueeze(1) == channels).float()  # (B, K+1, H, W)
+    shares = functional.avg_pool2d(one_hot, (labels.shape[1] // height, labels.shape[2] // width))
+    return -(shares * _at_least_float32(logits).log_softmax(dim=1)).sum(dim=1).mean()
+
+
 class SegmentationLoss(nn.Module):
-    """`(1 - dice_weight) * cross-entropy + dice_weight * Dice` of a slice model's outputs.
+    """`(1 - dice_weight) * cross-entropy + dice_weight * Dice` of a slice model's outputs, and PG-SAM's own terms where it gives them.
 
     Args:
         dice_weight: share of the Dice loss, in [0, 1].
         resolution: "low" compares `low_res_logits` with the low-resolution label (SAMed); "both" adds the same loss of `masks` against the
             full-size label (PG-SAM's sum over r in {56, 224} at 224 pixels).
+        alignment_weight: of `alignment_loss`, for outputs with `alignment_logits`.
+        deep_weight: of the mean low-resolution loss over the refiner's steps before the last, for outputs with `step_logits`.
     """
 
-    def __init__(self, dice_weight: float = 0.8, resolution: str = "low") -> None:
+    def __init__(self, dice_weight: float = 0.8, resolution: str = "low", *, alignment_weight: float = 0.0, deep_weight: float = 0.0) -> None:
         super().__init__()
         if not 0 <= dice_weight <= 1:
             raise ValueError(f"dice_weight must be in [0, 1], got {dice_weight}")
         if resolution not in ("low", "both"):
             raise ValueError(f'resolution must be "low" or "both", got {resolution!r}')
+        if alignment_weight < 0 or deep_weight < 0:
+            raise ValueError(f"weights must not be negative, got {alignment_weight} and {deep_weight}")
         self.dice_weight = dice_weight
         self.resolution = resolution
+        self.alignment_weight = alignment_weight
+        self.deep_weight = deep_weight
 
-    def forward(self, outputs: Mapping[str, Tensor], low_res_label: Tensor, label: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and its detached parts, both scalar tensors: `total = (1 - w) * parts["ce"] + w * parts["dice"]`.
+    def forward(self, outputs: Mapping[str, Any], low_res_label: Tensor, label: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its detached parts, all scalar tensors.
+
+        `total = (1 - w) parts["ce"] + w parts["dice"]`, plus the weighted `parts["alignment"]` and `parts["deep"]` where there are such.
 
         Args:
-            outputs: `low_res_logits` (B, K+1, S/4, S/4) and, for "both", `masks` (B, K+1, S, S), logits.
+            outputs: `low_res_logits` (B, K+1, S/4, S/4) and, for "both", `masks` (B, K+1, S, S), logits; see the class for the others.
             low_res_label: (B, S/4, S/4) integers in [0, K].
             label: (B, S, S) integers in [0, K]; only "both" reads it.
         """
@@ -82,14 +126,27 @@ class SegmentationLoss(nn.Module):
             if label is None:
                 raise ValueError('resolution "both" needs the full-size label')
             pairs.append((outputs["masks"], label))
-        ce = torch.stack([cross_entropy(*pair) for pair in pairs]).sum()
-        dice = torch.stack([dice_loss(*pair) for pair in pairs]).sum()
-        total = (1 - self.dice_weight) * ce + self.dice_weight * dice
-        return total, {"ce": ce.detach(), "dice": dice.detach()}
+        terms = [cross_entropy_and_dice(*pair) for pair in pairs]
+        ce, dice = torch.stack([ce for ce, _ in terms]).sum(), torch.stack([dice for _, dice in terms]).sum()
+        total = self._weigh(ce, dice)
+        parts = {"ce": ce, "dice": dice}
+        if self.alignment_weight and "alignment_logits" in outputs:
+            parts["alignment"] = alignment_loss(outputs["alignment_logits"], low_res_label)
+            total = total + self.alignment_weight * parts["alignment"]
+        if self.deep_weight and "step_logits" in outputs:
+            earlier = outputs["step_logits"][:-1]
+            losses = [self._weigh(*cross_entropy_and_dice(logits, low_res_label)) for logits in earlier]
+            parts["deep"] = torch.stack(losses).mean()
+            total = total + self.deep_weight * parts["deep"]
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    def _weigh(self, ce: Tensor, dice: Tensor) -> Tensor:
+        return (1 - self.dice_weight) * ce + self.dice_weight * dice
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
-        return f"dice_weight={self.dice_weight}, resolution={self.resolution!r}"
+        extra = f", alignment_weight={self.alignment_weight}, deep_weight={self.deep_weight}"
+        return f"dice_weight={self.dice_weight}, resolution={self.resolution!r}{extra}"
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:

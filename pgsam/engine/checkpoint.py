@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from pgsam.engine.device import git_commit, pick_device
 from pgsam.errors import UserError
-from pgsam.models import BUILDERS, build_model, resolve_class_names
+from pgsam.models import BUILDERS, READS_TEXT, resolve_class_names
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
+from pgsam.models.pg_sam import PGSam, Told, replace_reports, tune_text_encoder
 from pgsam.models.samed import describe_samed_state, from_samed_state, is_samed_state
+from pgsam.prior.reports import reports_hash
 from pgsam.sam.build import VITS
 from pgsam.sam.weights import OFFICIAL_FILES, fit_sam, read_sam, read_state_dict, require_file, resize_positions, sha256_of, vit_of
 from pgsam.volume_io import replacing
@@ -31,9 +33,18 @@ SAMED_IMG_SIZE, SAMED_INPUT_SIZE = 512, 224  # what SAMed's files were trained w
 
 
 def trained_state(model: nn.Module, *, everything: bool = False) -> dict[str, Tensor]:
-    """The tensors that a SAM file does not give back: all but the frozen parameters that are not LoRA's, on the CPU."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad} if not everything else set()
-    return {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items() if name not in frozen}
+    """The tensors that a SAM file does not give back, on the CPU: all but the frozen parameters, of which those that the model keeps stay in.
+
+    With `everything` all tensors, but for what comes from a text encoder's own files.
+    """
+    kept, foreign = tuple(getattr(model, "kept", ())), tuple(getattr(model, "foreign", ()))
+    left = {
+        name
+        for name, p in model.named_parameters()
+        if not p.requires_grad and (name.startswith(foreign) if everything else not name.startswith(kept) or name.startswith(foreign))
+    }
+    left |= {name for name, _ in model.named_buffers() if name.startswith(foreign)}
+    return {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items() if name not in left}
 
 
 def save_release(path: str | Path, model: nn.Module, card: ModelCard) -> None:
@@ -94,6 +105,7 @@ def load_model(
     input_size: int | None = None,
     device: str = "auto",
     reports: Mapping[str, str] | str | Path | None = None,
+    text_encoder: str | None = None,
     allow_other_base: bool = False,
     verbose: bool = True,
 ) -> SliceModel:
@@ -105,7 +117,9 @@ def load_model(
         img_size: side of the input in pixels; the checkpoint's by default (512 for SAMed's files, which do not say).
         input_size: see `ModelCard`; the checkpoint's by default (224 for SAMed's files).
         device: `auto`, `cpu`, `cuda` or `mps`.
-        reports: organ reports that replace those of the file, for modules that read text.
+        reports: organ reports (a JSON file, or a mapping organ -> text) that replace those of the file, for modules that read text. The wordings
+            that come with the default encoder's committed embeddings need no encoder, any other text does.
+        text_encoder: where the text encoder lies, if not under the name in the file.
         allow_other_base: accept a SAM file with another sha256 than the one the checkpoint was trained on.
         verbose: print what a SAMed file leaves unsaid.
 
@@ -127,25 +141,55 @@ def load_model(
             f"{path.name}: SAMed's files do not say their settings; taken: img_size {card.img_size}, input_size {card.input_size}, "
             f"window {card.window} HU, orientation {card.orientation}, classes {', '.join(card.class_names)}"
         )
-    options = {name: value for name, value in card.options.items() if value is not None}
-    model = build_model(
-        card.module,
-        vit_name=card.vit_name,
-        img_size=card.img_size,
-        num_classes=card.num_classes,
-        rank=card.rank or 4,
-        class_names=card.class_names,
-        reports=reports,
-        class_tokens=card.class_tokens,
-        verbose=False,
-        **options,
-    )
+    model = _build(card, state, path, text_encoder)
     state = state if ours else from_samed_state(state, model, str(path))
     if ours and card.img_size != trained_size:
         state = _at_size_of(model, state)
     _fill(model, state, path, card, ckpt, allow_other_base)
+    if reports is not None:
+        if not isinstance(model, PGSam):
+            raise UserError(f"{path}: {card.module} reads no text: it takes no reports")
+        replace_reports(model, reports, text_encoder)
+        card = with_told(card, model)
     model.card = card
     return model.eval().to(pick_device(device))
+
+
+def _build(card: ModelCard, state: Mapping[str, Tensor], path: Path, text_encoder: str | None) -> SliceModel:
+    """The model of a card, to be filled."""
+    settings = {name: value for name, value in card.options.items() if value is not None}
+    text_lora = settings.pop("text_lora", 0)
+    if card.module in READS_TEXT:
+        settings["class_tokens"] = card.class_tokens
+        if card.reports is not None:
+            if "texts.vectors" not in state:
+                raise UserError(f"{path}: expected the vectors of its reports (texts.vectors), found none; the file is damaged")
+            settings["text_dim"] = state["texts.vectors"].shape[1]
+            settings["missing"] = [i for i, name in enumerate(card.class_names) if name not in card.reports]
+    try:
+        model = BUILDERS[card.module](vit_name=card.vit_name, img_size=card.img_size, class_names=card.class_names, rank=card.rank or 4, **settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: expected the settings of {card.module} of this version, found others ({error}); update PG-SAM") from error
+    if isinstance(model, PGSam) and card.reports is not None and card.text_encoder is not None:
+        model.told = Told(card.reports, card.text_encoder, card.text_encoder_sha256 or "", card.reports_saw_labels)
+        if text_lora:
+            tune_text_encoder(model, text_encoder or card.text_encoder, text_lora, [(card.reports.get(name, ""),) for name in card.class_names])
+    return model
+
+
+def with_told(card: ModelCard, model: SliceModel) -> ModelCard:
+    """`card` with what the model was told of its organs, where it reads text."""
+    told = model.told if isinstance(model, PGSam) else None
+    if told is None:
+        return card
+    return dataclasses.replace(
+        card,
+        text_encoder=told.encoder,
+        text_encoder_sha256=told.encoder_sha256,
+        reports=dict(told.reports),
+        reports_hash=reports_hash(told.reports),
+        reports_saw_labels=told.saw_labels,
+    )
 
 
 def _at_size_of(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,7 +205,7 @@ def _at_size_of(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
 
 def _fill(model: SliceModel, state: Mapping[str, Tensor], path: Path, card: ModelCard, ckpt: str | Path | None, allow_other_base: bool) -> None:
     """Loads `state` into `model`, and what it does not hold from the SAM file; every tensor must be accounted for."""
-    target = model.state_dict()
+    target = trained_state(model, everything=True)
     problems = {
         "unknown": [name for name in state if name not in target],
         "of another shape": [name for name, value in state.items() if name in target and target[name].shape != value.shape],
@@ -177,7 +221,7 @@ def _fill(model: SliceModel, state: Mapping[str, Tensor], path: Path, card: Mode
                 f"{path}: expected the tensors of {card.module} with {card.vit_name} at {card.img_size} px, {len(names)} are {problem}: "
                 f"{', '.join(sorted(names)[:5])}; another version wrote it, or it is damaged"
             )
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)  # every tensor is accounted for; a text encoder's own come from its files
 
 
 def _base_tensors(model: SliceModel, path: Path, card: ModelCard, ckpt: str | Path | None, allow_other_base: bool) -> dict[str, Tensor]:
@@ -203,7 +247,7 @@ def start_from(model: SliceModel, checkpoint: str | Path, card: ModelCard) -> No
     require_file(path, "a checkpoint (.safetensors of ours, or SAMed's .pth)")
     ours = path.suffix == ".safetensors"
     other, state = _read_release(path) if ours else _read_samed(path)
-    for name in ("module", "vit_name", "rank", "num_classes"):
+    for name in ("module", "vit_name", "rank", "num_classes", "class_tokens", "options"):
         if getattr(other, name) != getattr(card, name):
             raise UserError(f"{path}: expected {name} {getattr(card, name)} as in this run, found {getattr(other, name)}")
     if None not in (other.sam_sha256, card.sam_sha256) and other.sam_sha256 != card.sam_sha256:
@@ -212,6 +256,7 @@ def start_from(model: SliceModel, checkpoint: str | Path, card: ModelCard) -> No
         )
     state = _at_size_of(model, state) if ours else from_samed_state(state, model, str(path))
     target, wanted = model.state_dict(), trained_state(model, everything=card.sam_sha256 is None)
+    wanted.pop("texts.vectors", None)  # the reports are the new run's
     problems = {
         "absent": [name for name in wanted if name not in state],
         "unknown": [name for name in state if name not in target],

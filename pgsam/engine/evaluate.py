@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from datasets.labels import colour_of
@@ -24,6 +25,7 @@ from datasets.layout import DataFolder
 from datasets.volumes import Case, case_path, read_case
 from pgsam.engine.log import Log
 from pgsam.engine.predict import segment_slices
+from pgsam.engine.text_flags import SliceTextReader, notes_on_texts
 from pgsam.errors import UserError
 from pgsam.metrics import class_metrics, format_table, summarise
 from pgsam.models.base import SliceModel
@@ -75,6 +77,7 @@ def evaluate(
     settings: Mapping[str, Any],
     batch_size: int | None = None,
     save_nifti: bool = False,
+    texts: SliceTextReader | None = None,
     run: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Tests `model` on every volume of `folder` and writes the results folder.
@@ -87,6 +90,7 @@ def evaluate(
         settings: goes into `metrics.json` as it is.
         batch_size: slices at a time.
         save_nifti: also write `predictions/<case>_{pred,img,gt}.nii.gz` on the grid of the original scan.
+        texts: reads the reports on the slices, for models that take them.
         run: goes into `settings.run` with the timings.
 
     Returns:
@@ -98,7 +102,7 @@ def evaluate(
         cases: dict[str, dict[str, dict[str, float | None]]] = {}
         for index, name in enumerate(folder.names):
             case = read_case(case_path(folder, name), name, card.num_classes)
-            labels = segment_case(model, card, case, case_path(folder, name), batch_size)
+            labels = segment_case(model, card, case, case_path(folder, name), batch_size, texts)
             raw = class_metrics(labels, case.label, card.num_classes, case.spacing_mm)
             cases[name] = {organ: {k: _jsonable(v) for k, v in raw[i + 1].items()} for i, organ in enumerate(card.class_names)}
             one = summarise({name: cases[name]}, card.class_names, "transunet", n_resamples=0)["mean"]
@@ -112,8 +116,11 @@ def evaluate(
         summary = {protocol: summarise(cases, card.class_names, protocol) for protocol in PROTOCOLS}
         seconds = time.perf_counter() - started
         _log_summary(log, summary, card.class_names)
+        notes = notes_on_texts(model, texts)
+        for note in notes:
+            log(note)
         results = {
-            "settings": {**settings, "model": asdict(card), "run": {**(run or {}), "seconds": round(seconds, 3)}},
+            "settings": {**settings, "model": asdict(card), "notes": notes, "run": {**(run or {}), "seconds": round(seconds, 3)}},
             "cases": cases,
             "summary": summary,
         }
@@ -123,11 +130,13 @@ def evaluate(
     return results
 
 
-def segment_case(model: SliceModel, card: ModelCard, case: Case, path: Path, batch_size: int | None = None) -> np.ndarray:
+def segment_case(
+    model: SliceModel, card: ModelCard, case: Case, path: Path, batch_size: int | None = None, texts: SliceTextReader | None = None
+) -> np.ndarray:
     """Labels `[D, H, W]` of a prepared volume in its stored orientation; the network sees it in the orientation it was trained on.
 
     Raises:
-        UserError: the volume was scaled by another window than the training slices.
+        UserError: the volume was scaled by another window than the training slices, or a slice has no report.
     """
     same = case.image_kind == card.image_kind and (card.image_kind == "percentile" or case.window == card.window)
     if case.image_kind is not None and not same:
@@ -136,13 +145,27 @@ def segment_case(model: SliceModel, card: ModelCard, case: Case, path: Path, bat
             "preprocess the volumes as the training slices"
         )
     image, turned = case.image, None
+    told = texts.read_case(case.name, len(image)) if texts is not None else None
     # SAMed's files do not say their orientation: there the stored order is taken as it is, which is what SAMed does.
     if case.geometry is not None and case.orientation != card.orientation and card.training_cases is not None:
         turned = reorient(Volume(case.image, case.geometry.affine), card.orientation)
         image = np.ascontiguousarray(turned.array)
+        if told is not None:
+            told = [told[i] for i in _slice_order(case, path, card.orientation)]
+            told = torch.stack(told) if isinstance(told[0], torch.Tensor) else told
     with tqdm(total=len(image), desc=case.name, unit="slice", leave=False, disable=None) as bar:
-        labels = segment_slices(model, image, input_size=card.input_size, batch_size=batch_size, progress=bar.update)
+        labels = segment_slices(model, image, input_size=card.input_size, batch_size=batch_size, texts=told, progress=bar.update)
     return labels if turned is None else np.ascontiguousarray(reorient(Volume(labels, turned.affine), str(case.orientation)).array)
+
+
+def _slice_order(case: Case, path: Path, orientation: str) -> np.ndarray:
+    """Which stored slice each slice is in another orientation; a UserError if the slices themselves are other planes there."""
+    assert case.geometry is not None
+    numbers = np.broadcast_to(np.arange(len(case.image), dtype=np.int32)[:, None, None], case.image.shape)
+    turned = reorient(Volume(numbers, case.geometry.affine), orientation).array
+    if turned.shape[0] != len(case.image) or (turned != turned[:, :1, :1]).any():
+        raise UserError(f"{path} ({case.name}): its slices are other planes than the checkpoint's ({orientation}), so their reports do not fit")
+    return turned[:, 0, 0]
 
 
 def _jsonable(value: float) -> float | int | None:

@@ -11,6 +11,7 @@ import torch
 
 from pgsam.engine.checkpoint import load_model, read_card
 from pgsam.engine.device import DEVICES, REPOSITORY
+from pgsam.engine.text_flags import add_slice_report_flags
 from pgsam.errors import Parser, UserError
 from pgsam.models import BUILDERS
 from pgsam.models.base import SliceModel
@@ -82,6 +83,10 @@ def add_model_flags(parser: argparse.ArgumentParser, *, checkpoint: Path | None 
     add("--input_size", type=int, help="must be the checkpoint's; SAMed's files do not say theirs (default 224)")
     add("--batch_size", type=int, help="slices at a time (default: by image size and device)")
     add("--device", default="auto", choices=DEVICES, help="(default %(default)s)")
+    add("--reports", help="organ reports (JSON) in place of those the checkpoint was trained with")
+    add("--text_encoder", help="where the checkpoint's text encoder lies, if not under the name it was trained with")
+    add_slice_report_flags(parser)
+    add("--allow_label_reports", action="store_true", help="use reports that were made from labels; the results say so")
 
 
 def check_model_flags(args: argparse.Namespace) -> None:
@@ -158,8 +163,14 @@ def open_model(args: argparse.Namespace, device: torch.device) -> SliceModel:
     needed = samed or card.sam_sha256
     found_by_name = args.ckpt is not None or card.vit_name in OFFICIAL_FILES  # otherwise load_model says what it needs
     ckpt = resolve_ckpt(args.ckpt, card.vit_name) if needed and found_by_name else None
-    chosen = {name: getattr(args, name) for name in sizes}
-    return load_model(path, ckpt=ckpt, device=str(device), allow_other_base=args.allow_other_base, **chosen)
+    chosen = {name: getattr(args, name) for name in (*sizes, "reports", "text_encoder")}
+    model = load_model(path, ckpt=ckpt, device=str(device), allow_other_base=args.allow_other_base, **chosen)
+    if model.card.reports_saw_labels and not args.allow_label_reports:
+        raise UserError(
+            f"{args.reports or path}: expected organ reports written without the labels, found some that were made from them; scores with such "
+            "texts are no evidence: give other --reports, or --allow_label_reports to use them all the same"
+        )
+    return model
 
 
 def jsonable(args: argparse.Namespace) -> dict[str, Any]:

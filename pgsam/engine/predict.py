@@ -4,7 +4,7 @@ A slice goes by cubic splines to `input_size`, by cubic splines to the network's
 logits, and by nearest neighbour back (SAMed's test program, spec section 3). Soft-max is left out: it moves no maximum.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from pgsam.tuning.lora import lora_merged
 from pgsam.volume_io import Volume, reorient, scale_intensity
 
 Progress = Callable[[int], object]
+SliceTexts = torch.Tensor | Sequence[str]
 
 
 def default_batch_size(img_size: int, device: torch.device) -> int:
@@ -24,9 +25,20 @@ def default_batch_size(img_size: int, device: torch.device) -> int:
     return on_cpu if device.type == "cpu" else 16 * on_cpu
 
 
+def texts_to(texts: SliceTexts, device: torch.device) -> SliceTexts:
+    """Reports on slices on `device`; those that are still words stay as they are."""
+    return texts.to(device, non_blocking=True) if isinstance(texts, torch.Tensor) else texts
+
+
 @torch.inference_mode()
 def segment_slices(
-    model: SliceModel, volume: np.ndarray, *, input_size: int, batch_size: int | None = None, progress: Progress | None = None
+    model: SliceModel,
+    volume: np.ndarray,
+    *,
+    input_size: int,
+    batch_size: int | None = None,
+    texts: SliceTexts | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Labels `[D, H, W]` uint8 of a volume `[D, H, W]` float32 in [0, 1] whose slices lie as in training.
 
@@ -35,6 +47,7 @@ def segment_slices(
         volume: float32, scaled to [0, 1].
         input_size: see `ModelCard`; every slice goes through this size, as in training.
         batch_size: slices at a time; `default_batch_size` if None.
+        texts: a report on each slice as `PGSam.forward` takes it, for models that read such; without it every slice gets the learned null text.
         progress: called with the number of slices of each finished batch.
     """
     device = next(model.parameters()).device
@@ -46,7 +59,8 @@ def segment_slices(
             slices = volume[start : start + batch_size].astype(np.float32, copy=False)
             slices = resize_cubic(resize_cubic(slices, (input_size, input_size)), (size, size))
             images = torch.from_numpy(np.ascontiguousarray(slices)).to(device)
-            masks = model(images[:, None].expand(-1, 3, -1, -1))["masks"]
+            told = {} if texts is None else {"text": texts_to(texts[start : start + batch_size], device)}
+            masks = model(images[:, None].expand(-1, 3, -1, -1), **told)["masks"]
             found = masks.argmax(dim=1).to(torch.uint8).cpu().numpy()
             labels[start : start + batch_size] = resize_nearest(found, volume.shape[1:])
             if progress is not None:
@@ -55,15 +69,21 @@ def segment_slices(
 
 
 def segment_scan(
-    model: SliceModel, scan: Volume, card: ModelCard, *, batch_size: int | None = None, progress: Progress | None = None
+    model: SliceModel,
+    scan: Volume,
+    card: ModelCard,
+    *,
+    batch_size: int | None = None,
+    texts: SliceTexts | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Volume, Volume]:
-    """Segments a scan in its own units (HU for a CT) and orientation.
+    """Segments a scan in its own units (HU for a CT) and orientation; `texts` are in the order of the slices in the checkpoint's orientation.
 
     Returns:
         The labels on exactly the grid of `scan`, and the image as the network saw it (in [0, 1], in the checkpoint's orientation).
     """
     turned = reorient(scan, card.orientation)
     image = Volume(scale_intensity(turned.array, card.image_kind, card.window), turned.affine)
-    labels = segment_slices(model, image.array, input_size=card.input_size, batch_size=batch_size, progress=progress)
+    labels = segment_slices(model, image.array, input_size=card.input_size, batch_size=batch_size, texts=texts, progress=progress)
     back = reorient(Volume(labels, turned.affine), scan.orientation)
     return Volume(np.ascontiguousarray(back.array), scan.affine), image

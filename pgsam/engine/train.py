@@ -27,11 +27,13 @@ from datasets.slices import EpochSampler, SliceDataset
 from pgsam.engine.checkpoint import save_release, save_training_state, trained_state
 from pgsam.engine.device import environment
 from pgsam.engine.log import Log
+from pgsam.engine.predict import texts_to
 from pgsam.engine.schedule import learning_rate
 from pgsam.errors import UserError
 from pgsam.losses import SegmentationLoss
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
+from pgsam.tuning.trainable import trainable_count
 
 LOG_INTERVAL = 50  # steps between lines of the log, and between looks at the loss: each look waits for the device
 
@@ -49,6 +51,8 @@ class Recipe:
     weight_decay: float | None = None
     dice_param: float = 0.8
     loss_resolution: str = "low"
+    alignment_weight: float = 0.0
+    deep_weight: float = 0.0
     seed: int = 1234
     deterministic: bool = True
     num_workers: int = 0
@@ -176,7 +180,7 @@ def train(
     model.to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(parameters, recipe)
-    criterion = SegmentationLoss(dice_weight=recipe.dice_param, resolution=recipe.loss_resolution)
+    criterion = SegmentationLoss(recipe.dice_param, recipe.loss_resolution, alignment_weight=recipe.alignment_weight, deep_weight=recipe.deep_weight)
     sampler = EpochSampler(len(dataset), recipe.seed)
     loader = DataLoader(
         dataset,
@@ -239,7 +243,8 @@ def _step(
     images = batch["image"].to(device, non_blocking=True).expand(-1, 3, -1, -1)
     low_res_label = batch["low_res_label"].to(device, non_blocking=True)
     label = batch["label"].to(device, non_blocking=True)
-    outputs = model(images, upscale=criterion.resolution == "both")
+    told = {"text": texts_to(batch["text"], device)} if "text" in batch else {}
+    outputs = model(images, upscale=criterion.resolution == "both", **told)
     loss, parts = criterion(outputs, low_res_label, label)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -262,7 +267,15 @@ def _save_state(run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimiz
     )
 
 
-def write_provenance(run: RunFolder, command: Sequence[str], settings: Mapping[str, Any], recipe: Recipe, card: ModelCard) -> None:
+def write_provenance(run: RunFolder, command: Sequence[str], settings: Mapping[str, Any], recipe: Recipe, card: ModelCard, model: nn.Module) -> None:
     """Writes `command.txt` and `config.json`."""
     (run.path / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
-    run.write_json("config.json", {"flags": dict(settings), "recipe": dataclasses.asdict(recipe), "model": dataclasses.asdict(card)})
+    run.write_json(
+        "config.json",
+        {
+            "flags": dict(settings),
+            "recipe": dataclasses.asdict(recipe),
+            "model": dataclasses.asdict(card),
+            "trainable_parameters": trainable_count(model),
+        },
+    )

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from pgsam.models.base import SliceModel
+from pgsam.models.pg_sam import PG_SAM, build_pg_sam, build_with_reports
 from pgsam.models.samed import SAMED, SAMED_S, build_samed
 from pgsam.sam.weights import load_sam
 
 SYNAPSE_CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
-DEFAULT_MODULE = SAMED
+DEFAULT_MODULE = PG_SAM
 
 
 def _samed(**arguments: Any) -> SliceModel:
@@ -20,7 +21,13 @@ def _samed_s(**arguments: Any) -> SliceModel:
     return build_samed(decoder_lora=True, **arguments)
 
 
-BUILDERS: dict[str, Callable[..., SliceModel]] = {SAMED: _samed, SAMED_S: _samed_s}
+def _pg_sam(**arguments: Any) -> SliceModel:
+    return build_pg_sam(**arguments)
+
+
+# What `load_model` fills with a file's tensors; `build_model` starts afresh.
+BUILDERS: dict[str, Callable[..., SliceModel]] = {PG_SAM: _pg_sam, SAMED: _samed, SAMED_S: _samed_s}
+READS_TEXT = (PG_SAM,)
 
 
 def resolve_class_names(num_classes: int, class_names: Sequence[str] | None) -> tuple[str, ...]:
@@ -49,31 +56,34 @@ def build_model(
     """A model of `module`, started from an official SAM file.
 
     Args:
-        module: `sam_lora_image_encoder` (SAMed) or `sam_lora_image_encoder_mask_decoder` (SAMed_s).
+        module: `pg_sam`, `sam_lora_image_encoder` (SAMed) or `sam_lora_image_encoder_mask_decoder` (SAMed_s).
         vit_name: `vit_b`, `vit_l`, `vit_h` or `vit_tiny`.
         img_size: side of the input in pixels, a multiple of 16.
         num_classes: foreground classes; channel 0 of the output is the background.
         rank: rank of LoRA.
         ckpt: official SAM file, or None for a random start.
         class_names: foreground classes in label order; Synapse's for 8 classes.
-        reports: organ reports, for modules that read text.
+        reports: organ reports of a module that reads text: a JSON file, a mapping organ -> text, `"none"` for no information, None for the built-in.
         class_tokens: `learned`; modules that read text also know `text`.
         verbose: print the report on the weights.
-        options: of the module, see `build_samed`.
+        options: of the module, see `build_samed` and `build_with_reports`.
 
     Returns:
-        A module that takes `(B, 3, S, S)` in [0, 1]; see `pgsam.models.samed.SAMed` for what it gives.
+        A module that takes `(B, 3, S, S)` in [0, 1]; see `pgsam.models.samed.SAMed` and `pgsam.models.pg_sam.PGSam` for what it gives.
 
     Raises:
         ValueError: a setting that cannot be.
-        UserError: the SAM file is absent or not what it claims to be.
+        UserError: a file is absent or not what it claims to be, or a class has no report.
     """
     if module not in BUILDERS:
         raise ValueError(f"module is one of {', '.join(BUILDERS)}, not {module!r}")
-    if reports is not None or class_tokens != "learned":
-        raise ValueError(f"{module} reads no text: it takes neither reports nor class_tokens other than 'learned'")
     names = resolve_class_names(num_classes, class_names)
-    model = BUILDERS[module](vit_name=vit_name, img_size=img_size, class_names=names, rank=rank, **options)
+    if module in READS_TEXT:
+        model: SliceModel = build_with_reports(vit_name, img_size, names, reports=reports, class_tokens=class_tokens, rank=rank, **options)
+    elif reports is not None or class_tokens != "learned":
+        raise ValueError(f"{module} reads no text: it takes neither reports nor class_tokens other than 'learned'")
+    else:
+        model = BUILDERS[module](vit_name=vit_name, img_size=img_size, class_names=names, rank=rank, **options)
     if ckpt is not None:
         report = load_sam(model, ckpt, vit_name)
         if verbose:

@@ -15,19 +15,30 @@ class SliceModel(nn.Module):
     Args:
         image_encoder: SAM's keys, possibly tuned.
         prompt_encoder: of the encoder's grid.
-        mask_decoder: with one mask token for the background and one a class.
+        mask_decoder: with one mask token for the background and, where class tokens are learned, one a class.
         class_names: foreground classes in label order.
+        class_tokens: `learned`, or `text` where the tokens of the classes are made from reports.
 
     Shape: `(B, 3, S, S)` in [0, 1] -> a dict with at least `low_res_logits` `(B, K + 1, S/4, S/4)`, `masks` `(B, K + 1, S, S)` (logits)
     and `iou_predictions` `(B, K + 1)`.
     """
 
     card: ModelCard  # set by `load_model`
+    kept: tuple[str, ...] = ()  # prefixes of frozen parameters that a SAM file does not give back, so that checkpoints must hold them
 
-    def __init__(self, image_encoder: ImageEncoder, prompt_encoder: PromptEncoder, mask_decoder: MaskDecoder, *, class_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        image_encoder: ImageEncoder,
+        prompt_encoder: PromptEncoder,
+        mask_decoder: MaskDecoder,
+        *,
+        class_names: Sequence[str],
+        class_tokens: str = "learned",
+    ) -> None:
         super().__init__()
-        if mask_decoder.num_mask_tokens != len(class_names) + 1:
-            raise ValueError(f"{len(class_names)} classes need {len(class_names) + 1} mask tokens, not {mask_decoder.num_mask_tokens}")
+        needed = len(class_names) + 1 if class_tokens == "learned" else 1
+        if mask_decoder.num_mask_tokens != needed:
+            raise ValueError(f"{len(class_names)} classes with {class_tokens} tokens need {needed} mask tokens, not {mask_decoder.num_mask_tokens}")
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder

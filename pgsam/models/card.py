@@ -16,7 +16,7 @@ class ModelCard:
     """What a release file says of its model, beside the tensors.
 
     `training_cases` and `training_patients` are None where they are not known. `window` is (lo, hi) in HU for `image_kind` `ct_window`.
-    `rank` is None where there is no LoRA.
+    `rank` is None where there is no LoRA. `reports` (organ -> text) and what stands beside it are None where the model reads no text.
     """
 
     module: str
@@ -30,7 +30,10 @@ class ModelCard:
     window: tuple[float, float] | None = CT_WINDOW
     class_tokens: str = "learned"
     text_encoder: str | None = None
+    text_encoder_sha256: str | None = None
+    reports: dict[str, str] | None = None
     reports_hash: str | None = None
+    reports_saw_labels: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     dataset: str | None = None
     training_cases: tuple[str, ...] | None = None

@@ -1,0 +1,125 @@
+"""Reports on slices on the command line: the flags, and from a store of reports to what a model reads."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgsam.errors import UserError
+from pgsam.models.base import SliceModel
+from pgsam.models.pg_sam import PGSam, text_dim
+from pgsam.prior.organ_texts import encoder_identity
+from pgsam.prior.reports import SliceReports, read_slice_reports, read_text_folder, refuse_label_reports
+from pgsam.prior.text_encoder import embed_texts
+
+
+def add_slice_report_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `read_store` reads, and `--allow_missing_text`."""
+    add = parser.add_argument
+    add("--slice_reports", type=Path, metavar="FILE.jsonl", help="a report on each slice (scripts/generate_reports.py)")
+    add("--text_dir", type=Path, help="PG-SAM's text_{idx}.txt, one a line of --text_list")
+    add("--text_list", type=Path, help="the list file that --text_dir was made with")
+    add("--allow_missing_text", action="store_true", help="a learned null text stands for reports that are not there; they are counted")
+
+
+def read_store(args: argparse.Namespace) -> SliceReports | None:
+    """The reports on slices that the flags name, if any.
+
+    Raises:
+        UserError: flags that contradict each other, or as the readers.
+    """
+    if (args.text_dir is None) != (args.text_list is None):
+        raise UserError("--text_dir and --text_list belong together: the texts are numbered by the lines of the list they were made with")
+    if args.slice_reports is not None and args.text_dir is not None:
+        raise UserError("--slice_reports and --text_dir both name reports on slices; give one of them")
+    if args.slice_reports is not None:
+        return read_slice_reports(args.slice_reports)
+    return read_text_folder(args.text_dir, args.text_list) if args.text_dir is not None else None
+
+
+class SliceTextReader:
+    """From a slice's name to what a model reads of it: a vector, or the words themselves where the model has an encoder of its own.
+
+    Args:
+        store: the reports, or None where every slice gets the null text.
+        encoder: name or folder of the text encoder; None hands out words.
+        dim: width of a vector.
+        allow_missing: whether a slice may have no report.
+    """
+
+    def __init__(self, store: SliceReports | None, *, encoder: str | None, dim: int, allow_missing: bool) -> None:
+        self.store, self.encoder, self.dim, self.allow_missing = store, encoder, dim, allow_missing
+        self.missing: Tensor | str = "" if encoder is None else torch.full((dim,), torch.nan)
+        self.asked = self.absent = 0
+
+    def read(self, keys: Sequence[str]) -> dict[str, Any]:
+        """What stands for each of `keys`, a vector (D,) or a text.
+
+        Raises:
+            UserError: a slice has no report and none may be missing; or the encoder has another width than the model was built for.
+        """
+        texts = {key: self.store.text(key) if self.store is not None else None for key in keys}
+        absent = [key for key, text in texts.items() if text is None]
+        if absent and not self.allow_missing:
+            source = self.store.source if self.store is not None else "--slice_reports"
+            raise UserError(
+                f"{source}: expected a report on every slice, {len(absent)} of {len(keys)} have none ({', '.join(absent[:3])}); write them "
+                "(scripts/generate_reports.py), or give --allow_missing_text for the learned null text"
+            )
+        self.asked, self.absent = self.asked + len(keys), self.absent + len(absent)
+        present = {key: text for key, text in texts.items() if text is not None}
+        if self.encoder is None:
+            return {**dict.fromkeys(absent, ""), **present}
+        vectors = embed_texts(list(present.values()), self.encoder) if present else torch.empty(0, self.dim)
+        if vectors.shape[1] != self.dim:
+            raise UserError(f"{self.encoder}: gives vectors of width {vectors.shape[1]}, the model was built for {self.dim}; give its own encoder")
+        return {**dict.fromkeys(absent, self.missing), **dict(zip(present, vectors, strict=True))}
+
+    def read_case(self, case: str, slices: int) -> Tensor | list[str]:
+        """The same for the slices `<case>_slice000`, `_slice001`, ... of a volume, in their order: `(slices, D)` or a list of texts."""
+        keys = [f"{case}_slice{i:03d}" for i in range(slices)]
+        read = self.read(keys)
+        return [read[key] for key in keys] if self.encoder is None else torch.stack([read[key] for key in keys])
+
+    def summary(self) -> str:
+        """How many reports were asked for and how many were not there."""
+        return f"reports on slices: {self.asked - self.absent} read, {self.absent} missing (null text)"
+
+
+def open_slice_texts(args: argparse.Namespace, model: SliceModel) -> SliceTextReader | None:
+    """What reads the reports on the slices of a test volume or scan; None for a model that reads none.
+
+    Raises:
+        UserError: reports for a model that reads none, none for one that does (without `--allow_missing_text`), reports made from labels (without
+            `--allow_label_reports`), or another text encoder than in training.
+    """
+    store = read_store(args)
+    if not isinstance(model, PGSam) or model.null_text is None or model.texts is None or model.told is None:
+        if store is not None:
+            raise UserError(f"{store.source}: the checkpoint was trained without reports on slices and reads none; leave them out")
+        if args.allow_missing_text:
+            raise UserError("--allow_missing_text: the checkpoint was trained without reports on slices, so none can be missing; leave it out")
+        return None
+    if store is None and not args.allow_missing_text:
+        raise UserError(
+            f"{args.checkpoint}: reads a report on each slice; give them (--slice_reports), or --allow_missing_text for the learned null text"
+        )
+    if store is not None:
+        refuse_label_reports(store, args.allow_label_reports)
+    encoder = None if model.texts.encoder is not None else args.text_encoder or model.told.encoder
+    if args.text_encoder is not None and encoder is not None and encoder_identity(encoder) != model.told.encoder_sha256:
+        raise UserError(f"{encoder}: expected the text encoder of the checkpoint ({model.told.encoder}), found other weights; give its folder")
+    return SliceTextReader(store, encoder=encoder, dim=text_dim(model), allow_missing=args.allow_missing_text)
+
+
+def notes_on_texts(model: SliceModel, reader: SliceTextReader | None) -> list[str]:
+    """What results must say of the texts behind them."""
+    notes = []
+    if model.card.reports_saw_labels or (reader is not None and reader.store is not None and reader.store.saw_labels):
+        notes.append("NOTE: some reports were made from labels; these scores are no evidence of what the model can do without them")
+    if reader is not None:
+        notes.append(reader.summary())
+    return notes

@@ -1,0 +1,1 @@
+"""What text knows: reports, a frozen text encoder, and their alignment with the image."""

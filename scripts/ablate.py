@@ -1,0 +1,270 @@
+"""What each part of PG-SAM is worth, and what its reports are: trained rows over seeds, and one trained model with other reports at test time.
+
+    python scripts/ablate.py --root_path data/phantoms --output ablation --seeds 0 1 2 -- --vit_name vit_tiny --ckpt none --tune full --max_epochs 4
+    python scripts/ablate.py --root_path data/Synapse --output ablation --jobs 1                                  # vit_b, the published recipe
+
+What follows `--` goes to train.py, the same for every row: equal data, steps and settings. Trained rows: `none` (SAMed in PG-SAM's recipe), `+FGMPA`,
+`+MLFF`, `+IMO` (all parts, learned class tokens), `no reports` (the same, every organ told the empty text), `text tokens` (all parts, class tokens
+made from the reports). Rows at test time, on the models of `+IMO` and `text tokens`: `right` (as trained), `held-out wording` (one row for each),
+`deranged` (every organ gets the next one's report) and `empty`.
+
+Every run lies in OUTPUT/runs/<row>-seed<seed>, every test in OUTPUT/tests; what is complete there is not done again, so the same command resumes,
+run by run. OUTPUT gets ablation.csv (a line a test), ablation.txt (the table: mean and standard deviation over seeds, strict protocol) and
+ablation.png.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pgsam.errors import Parser, UserError, reports_user_errors
+
+ROOT = Path(__file__).resolve().parents[1]
+OFF = {"aligner": "none", "fusion": "none", "refine_steps": "0"}
+ROWS: dict[str, dict[str, str]] = {
+    "none": OFF,
+    "+FGMPA": {**OFF, "aligner": "gated"},
+    "+MLFF": {**OFF, "aligner": "gated", "fusion": "gated"},
+    "+IMO": {},
+    "no reports": {"reports": "none"},
+    "text tokens": {"class_tokens": "text"},
+}
+RETOLD = ("+IMO", "text tokens")  # rows whose models are tested with other reports too
+RIGHT, DERANGED, EMPTY = "right", "deranged", "empty"
+METRICS = ("dsc", "hd95_mm", "hd95_mm_penalised")
+
+
+@dataclass(frozen=True)
+class Test:
+    """One line of the table to be: a trained row with a seed, and what its organs are told."""
+
+    row: str
+    seed: int
+    reports: str
+
+    @property
+    def run(self) -> str:
+        """Folder of the trained model below `runs`."""
+        return f"{self.row.strip('+').replace(' ', '_')}-seed{self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Folder of the results below `tests`."""
+        return f"{self.run}-{self.reports.replace(' ', '_')}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this program."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--root_path", type=Path, required=True, help="prepared data: train_npz to train on, test_vol_h5 to test on")
+    add("--output", type=Path, required=True, help="folder of runs, tests and tables; may hold some of them already")
+    add("--test_list_dir", type=Path, help="folder of another test_vol.txt (default: the data's own)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default 0 1 2)")
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="trained rows (default: all)")
+    add("--jobs", type=int, default=1, help="runs at a time (default %(default)s)")
+    return parser
+
+
+@reports_user_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; 0 on success, 2 after an error of the user's."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, training = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
+    check(args, training)
+    from pgsam.prior.reports import builtin_reports
+
+    told = [RIGHT, *(f"held-out: {name}" for name in builtin_reports().held_out), DERANGED, EMPTY]
+    tests = [Test(row, seed, reports) for seed in args.seeds for row in args.rows for reports in (told if row in RETOLD else [RIGHT])]
+    settle_command(args.output, training)
+    runs = {test.run: test for test in tests if test.reports == RIGHT}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for done in [pool.submit(train_row, test, args, training) for test in runs.values()]:
+            done.result()
+    lines = [read_or_test(test, args) for test in tests]
+    write_tables(lines, args.output)
+    return 0
+
+
+def check(args: argparse.Namespace, training: Sequence[str]) -> None:
+    """Raises a UserError for flags that cannot be, before anything runs."""
+    taken = {"--root_path", "--output", "--seed", "--module", "--reports", "--class_tokens", *(f"--{name}" for name in OFF)}
+    both = [flag for flag in training if flag.split("=")[0] in taken]
+    if both:
+        raise UserError(f"{', '.join(both)}: set by each row of the ablation; leave it out behind --")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: expected at least 1")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: expected different numbers, none negative")
+    if not args.root_path.is_dir():
+        raise UserError(f"{args.root_path}: expected a prepared folder, found none; see preprocess/")
+
+
+def settle_command(output: Path, training: Sequence[str]) -> None:
+    """Notes how the rows are trained; a UserError if the folder holds runs that were trained otherwise."""
+    output.mkdir(parents=True, exist_ok=True)
+    path, wanted = output / "training_flags.json", list(training)
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != wanted:
+        raise UserError(f"{path}: the runs in this folder were trained with other flags; give the same ones, or another --output")
+    path.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+
+
+def train_row(test: Test, args: argparse.Namespace, training: Sequence[str]) -> None:
+    """Trains one run, unless it is complete; what an interrupted one left is removed first."""
+    folder = args.output / "runs" / test.run
+    if (folder / "final.safetensors").is_file():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    flags = [item for name, value in ROWS[test.row].items() for item in (f"--{name}", value)]
+    command = [sys.executable, str(ROOT / "train.py"), "--root_path", str(args.root_path), "--output", str(folder), "--seed", str(test.seed)]
+    print(f"training {test.run}", flush=True)
+    done = subprocess.run([*command, *flags, *training], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{test.run}: train.py stopped with exit code {done.returncode}: {(done.stderr or done.stdout).strip()[-600:]}")
+
+
+def read_or_test(test: Test, args: argparse.Namespace) -> dict[str, Any]:
+    """One line of ablation.csv."""
+    folder = args.output / "tests" / test.folder
+    if not (folder / "metrics.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        evaluate_test(test, args, folder)
+    results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    strict = results["summary"]["strict"]
+    config = json.loads((args.output / "runs" / test.run / "config.json").read_text(encoding="utf-8"))
+    with (args.output / "runs" / test.run / "history.csv").open(newline="", encoding="utf-8") as file:
+        minutes = sum(float(row["seconds"]) for row in csv.DictReader(file)) / 60
+    line: dict[str, Any] = {"row": test.row, "reports": test.reports, "seed": test.seed, "parameters": config["trainable_parameters"]}
+    line["training_minutes"] = round(minutes, 2)
+    line |= {metric: strict["mean"][metric]["mean"] for metric in METRICS}
+    line |= {f"dsc {organ}": cells["dsc"]["mean"] for organ, cells in strict["organs"].items()}
+    return line
+
+
+def evaluate_test(test: Test, args: argparse.Namespace, folder: Path) -> None:
+    """Tests one trained model with one set of reports."""
+    from datasets.layout import find_data
+    from pgsam.engine.checkpoint import load_model, read_card
+    from pgsam.engine.device import pick_device
+    from pgsam.engine.evaluate import evaluate
+    from pgsam.engine.flags import resolve_ckpt
+
+    path = args.output / "runs" / test.run / "final.safetensors"
+    card = read_card(path)
+    flags = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["flags"]
+    ckpt = resolve_ckpt(flags["ckpt"], card.vit_name) if card.sam_sha256 else None
+    reports = retell(test.reports, card.class_names)
+    model = load_model(path, ckpt=ckpt, device=str(pick_device(flags["device"])), reports=reports, verbose=False)
+    volumes = find_data(args.root_path, "test_vol_h5", "test_vol.txt", list_dir=args.test_list_dir)
+    print(f"testing {test.folder}", flush=True)
+    evaluate(model, model.card, volumes, folder, settings={"ablation": {"row": test.row, "seed": test.seed, "reports": test.reports}})
+
+
+def retell(told: str, class_names: Sequence[str]) -> dict[str, str] | str | None:
+    """The reports of a row at test time, as `load_model` takes them."""
+    from pgsam.prior.organ_texts import NO_REPORTS
+    from pgsam.prior.reports import builtin_reports
+
+    if told == RIGHT:
+        return None
+    if told == EMPTY:
+        return NO_REPORTS
+    bank = builtin_reports()
+    if told == DERANGED:
+        return {name: bank.text(class_names[(i + 1) % len(class_names)]) for i, name in enumerate(class_names)}
+    return {name: bank.text(name, told.removeprefix("held-out: ")) for name in class_names}
+
+
+# --- tables -------------------------------------------------------------------------------------------------------------------------------
+
+
+def write_tables(lines: Sequence[dict[str, Any]], output: Path) -> None:
+    """Writes ablation.csv, ablation.txt and ablation.png, and prints the table."""
+    from pgsam.volume_io import replacing
+
+    with replacing(output / "ablation.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows({name: "" if value is None else value for name, value in line.items()} for line in lines)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["row"], line["reports"]), []).append(line)
+    text = format_groups(groups)
+    (output / "ablation.txt").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    draw(groups, output / "ablation.png")
+
+
+def spread(values: Sequence[float | None], scale: float = 1.0) -> str:
+    """Mean and standard deviation over seeds, of the values that are defined."""
+    known = [value * scale for value in values if value is not None]
+    if not known:
+        return "undefined"
+    deviation = f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.2f}{deviation}" + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
+
+
+def format_groups(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
+    """The table: trained rows first, then what other reports do to the same models."""
+    head = f"{'row':14s} {'reports':20s} {'seeds':>5s} {'DSC':>16s} {'HD95, mm':>16s} {'penalised':>16s} {'trainable':>11s} {'minutes':>8s}"
+    body = ["protocol: strict; mean ± standard deviation over seeds of the mean over organs; DSC in points of 100", head]
+    ordered = sorted(groups.items(), key=lambda item: item[0][1] != RIGHT)
+    for (row, reports), members in ordered:
+        cells = [spread([m[metric] for m in members], 100.0 if metric == "dsc" else 1.0) for metric in METRICS]
+        minutes = statistics.mean(m["training_minutes"] for m in members)
+        cost = f"{members[0]['parameters']:>11,} {minutes:>8.1f}" if reports == RIGHT else ""
+        body.append(f"{row:14s} {reports:20s} {len(members):>5d} " + " ".join(f"{cell:>16s}" for cell in cells) + f" {cost}")
+    return "\n".join(line.rstrip() for line in body)
+
+
+def draw(groups: dict[tuple[str, str], list[dict[str, Any]]], path: Path) -> None:
+    """A dot for every seed and a bar at their mean, DSC at the left and HD95 at the right."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    from pgsam.overlay import save_png
+
+    ordered = sorted(groups.items(), key=lambda item: item[0][1] != RIGHT)
+    margin, panel, gap, line = 290, 380, 60, 30
+    canvas = Image.new("RGB", (margin + 2 * panel + gap + 40, 90 + line * len(ordered)), (255, 255, 255))
+    pen, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(size=15), ImageFont.load_default(size=13)
+    for i, ((row, reports), _) in enumerate(ordered):
+        pen.text((12, 58 + i * line), row if reports == RIGHT else f"{row}, {reports}", fill=(20, 20, 20), font=font)
+    for p, (metric, title, scale) in enumerate((("dsc", "DSC, points of 100", 100.0), ("hd95_mm", "HD95, mm", 1.0))):
+        known = [m[metric] * scale for members in groups.values() for m in members if m[metric] is not None]
+        left = margin + p * (panel + gap)
+        pen.text((left, 14), title, fill=(20, 20, 20), font=font)
+        low, high = (min(known), max(known)) if known else (0.0, 1.0)
+        low, high = low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
+        for t in range(5):
+            value, x = low + t / 4 * (high - low), left + t / 4 * panel
+            pen.line((x, 50, x, 56 + line * len(ordered)), fill=(225, 225, 225))
+            pen.text((x - 14, 34), f"{value:.1f}", fill=(90, 90, 90), font=small)
+        for i, ((_, reports), members) in enumerate(ordered):
+            values, y = [m[metric] * scale for m in members if m[metric] is not None], 67 + i * line
+            at = [left + (value - low) / (high - low) * panel for value in values]
+            for x in at:
+                pen.ellipse((x - 4, y - 4, x + 4, y + 4), outline=(30, 90, 200), fill=(150, 185, 245))
+            if at:
+                x = statistics.mean(at)
+                pen.rectangle((x - 1.5, y - 10, x + 1.5, y + 10), fill=(200, 40, 40) if reports == RIGHT else (120, 120, 120))
+    save_png(canvas, path)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
