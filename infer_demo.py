@@ -103,7 +103,7 @@ def segment_file(model, scan, args: argparse.Namespace) -> None:
     with tqdm(total=slices, desc="segmenting", unit="slice", disable=None) as bar:
         labels, image = segment_scan(model, scan, card, batch_size=args.batch_size, texts=texts, progress=bar.update)
     seconds = time.perf_counter() - started
-    notes = notes_on_texts(model, reader)
+    notes = notes_on_texts(card, reader)
     for note in notes:
         print(note)
     args.output.mkdir(parents=True, exist_ok=True)

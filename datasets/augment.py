@@ -1,18 +1,27 @@
-"""Training augmentations: SAMed's as published, and an affine one for organs that have a side.
+"""Training augmentations: SAMed's as published, and two that never mirror, for organs that have a side: affine, and H-SAM's kinds.
 
 SAMed (arXiv 2304.13785; the released trainer, spec section 2): half of the samples are turned by a multiple of 90 degrees and mirrored, a quarter
 are rotated by a whole angle in [-20, 20) degrees, a quarter stay as they are. Images and labels alike are rotated with nearest neighbours, as
 published, here through index maps.
+
+PG-SAM (arXiv 2503.18227) names "H-SAM-compatible augmentations" and its released code trains with none; `hsam_augmentation` has H-SAM's kinds.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
-from scipy.ndimage import affine_transform
+from scipy.interpolate import BSpline
+from scipy.ndimage import affine_transform, map_coordinates
 
 from pgsam.resample import rotate_nearest
 
 Augmentation = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+
+HSAM_DEGREES = 20.0
+HSAM_CROP_AREAS = (0.2, 0.8)  # of the slice's area
+BEND_CELLS = 8  # cells of the control grid along a side
+BEND_REACH = 0.25  # of a cell; a cubic B-spline map cannot fold below 0.48 (Choi and Lee 2000, injectivity conditions)
 
 
 def samed_augmentation(image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -44,9 +53,67 @@ def affine_augmentation(image: np.ndarray, label: np.ndarray, rng: np.random.Gen
     return np.clip(image, 0, 1), label
 
 
+def hsam_augmentation(image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Turns, crops and bends a slice, each with probability one half; it never mirrors, so left organs stay left.
+
+    Rotation within 20 degrees about the slice's centre; a window of the turned slice brought to the slice's size; a smooth elastic displacement
+    (see `smooth_displacement`). The three are one coordinate map: the image is interpolated once, linearly, the label by nearest neighbours (the
+    published code interpolates labels linearly, which makes up classes between two organs). What comes from outside is 0.
+
+    Two choices are ours, since neither paper says them. "Crop-scale .2-.8" is read as the share of the slice's AREA that the window has, uniform in
+    that range, with the slice's aspect ratio and at a uniform place inside the slice: "scale" of a crop is an area in the usual crop-and-resize
+    (torchvision's). So what stays inside is 1.25 to 5 times as large in area, and of the slice half is cut off on average; as shares of the side
+    the same numbers would cut off 72 %. The strength of the elastic displacement is ours, too.
+
+    Args:
+        image: [H, W] floating point, in a range that contains 0; it keeps its range and dtype.
+        label: [H, W]; it keeps its dtype and gets no new values.
+        rng: decides everything.
+    """
+    turned, cropped, bent = rng.random(3) < 0.5
+    if not (turned or cropped or bent):
+        return image, label
+    centre = (np.array(image.shape).reshape(2, 1, 1) - 1) / 2
+    where = np.indices(image.shape) - centre  # (2, H, W): the place in the source that each pixel takes, from the centre
+    if bent:
+        where += smooth_displacement(image.shape, rng)
+    if cropped:
+        side = np.sqrt(rng.uniform(*HSAM_CROP_AREAS))
+        where = side * where + rng.uniform(-1, 1, (2, 1, 1)) * (1 - side) * centre
+    if turned:
+        angle = np.deg2rad(rng.uniform(-HSAM_DEGREES, HSAM_DEGREES))
+        where = np.tensordot([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], where, axes=1)
+    where += centre
+    return map_coordinates(image, where, order=1), map_coordinates(label, where, order=0)
+
+
+def smooth_displacement(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """A random displacement field (2, H, W) in pixels, rows first: a cubic B-spline over a grid of 8 by 8 cells.
+
+    Control points are uniform within a quarter of a cell, a thirty-second of the side, in both axes, and bound the field. It is twice
+    continuously differentiable, and the map `x + displacement(x)` never folds.
+    """
+    height, width = shape
+    control = rng.uniform(-1, 1, (2, BEND_CELLS + 3, BEND_CELLS + 3))
+    reach = BEND_REACH * (np.array(shape).reshape(2, 1, 1) - 1) / BEND_CELLS
+    return reach * (_spline_weights(height) @ control @ _spline_weights(width).T)
+
+
+@lru_cache(maxsize=8)
+def _spline_weights(side: int) -> np.ndarray:
+    """(side, cells + 3): what each pixel of a side takes from each control point."""
+    knots = np.arange(-3, BEND_CELLS + 4)
+    return BSpline.design_matrix(np.linspace(0, BEND_CELLS, side), knots, 3).toarray()
+
+
 def no_augmentation(image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Leaves the slice as it is."""
     return image, label
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {"samed": samed_augmentation, "affine": affine_augmentation, "none": no_augmentation}
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "samed": samed_augmentation,
+    "affine": affine_augmentation,
+    "hsam": hsam_augmentation,
+    "none": no_augmentation,
+}

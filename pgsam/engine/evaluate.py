@@ -116,7 +116,7 @@ def evaluate(
         summary = {protocol: summarise(cases, card.class_names, protocol) for protocol in PROTOCOLS}
         seconds = time.perf_counter() - started
         _log_summary(log, summary, card.class_names)
-        notes = notes_on_texts(model, texts)
+        notes = notes_on_texts(card, texts)
         for note in notes:
             log(note)
         results = {

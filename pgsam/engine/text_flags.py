@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
+from pgsam.models.card import ModelCard
 from pgsam.models.pg_sam import PGSam, text_dim
 from pgsam.prior.organ_texts import encoder_identity
 from pgsam.prior.reports import SliceReports, read_slice_reports, read_text_folder, refuse_label_reports
@@ -115,10 +116,10 @@ def open_slice_texts(args: argparse.Namespace, model: SliceModel) -> SliceTextRe
     return SliceTextReader(store, encoder=encoder, dim=text_dim(model), allow_missing=args.allow_missing_text)
 
 
-def notes_on_texts(model: SliceModel, reader: SliceTextReader | None) -> list[str]:
+def notes_on_texts(card: ModelCard, reader: SliceTextReader | None) -> list[str]:
     """What results must say of the texts behind them."""
     notes = []
-    if model.card.reports_saw_labels or (reader is not None and reader.store is not None and reader.store.saw_labels):
+    if card.reports_saw_labels or (reader is not None and reader.store is not None and reader.store.saw_labels):
         notes.append("NOTE: some reports were made from labels; these scores are no evidence of what the model can do without them")
     if reader is not None:
         notes.append(reader.summary())

@@ -106,7 +106,7 @@ class TextEncoder(nn.Module):
         """The text in as few consecutive parts as fit: whole sentences, of a sentence that is too long words, of such a word characters."""
         if self._fits(text):
             return [text]
-        return self._pack(re.split(r"(?<=[.!?])\s+|\n+", text.strip()), " ")
+        return self._pack(re.split(r"(?<=[.!?])\s+|\n+", text.strip()), " ") or [""]
 
     def _fits(self, text: str) -> bool:
         return len(self._ids([text])[0]) <= self.max_length
@@ -250,7 +250,7 @@ def _find_folder(name: str) -> Path:
         hint = ""
     raise UserError(
         f"{name}: expected a text encoder on this machine, found none in transformers' cache (nothing is downloaded by itself); {hint}where there is "
-        f"a network `huggingface-cli download {name} --local-dir DIR`, then --text_encoder DIR"
+        f"a network `hf download {name} --local-dir DIR`, then --text_encoder DIR"
     )
 
 

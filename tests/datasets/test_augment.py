@@ -1,12 +1,13 @@
-"""SAMed's augmentation has the published probabilities and is scipy's and numpy's geometry; the affine one keeps sides."""
+"""SAMed's augmentation has the published probabilities and is scipy's and numpy's geometry; the affine one and H-SAM's keep sides."""
 
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from scipy.ndimage import center_of_mass, rotate
 
-from datasets.augment import AUGMENTATIONS, affine_augmentation, no_augmentation, samed_augmentation
+from datasets.augment import AUGMENTATIONS, affine_augmentation, hsam_augmentation, no_augmentation, samed_augmentation, smooth_displacement
 
 SIZE = 64  # one degree moves its border by half a pixel, so that all angles differ
 MARKED = np.arange(1, SIZE * SIZE + 1, dtype=np.float32).reshape(SIZE, SIZE)  # every pixel can be told from every other
@@ -114,3 +115,167 @@ def test_the_affine_augmentation_moves_image_and_label_alike() -> None:
         assert image.max() <= 1
         level = (image.min() + image.max()) / 2
         assert ((image > level) != (turned > 0)).sum() < 0.06 * (turned > 0).sum()
+
+
+# --- H-SAM's kinds ------------------------------------------------------------------------------------------------------------------------
+#
+# An image that rises linearly shows the coordinates that were read, since linear interpolation of it is exact: two such images, one along each
+# axis, give the whole coordinate map back. A straight line through it is the turn and the crop, what is left over is the elastic part.
+
+HSAM_SIDE = 64
+HSAM_DRAWS = 500
+GRID = np.indices((HSAM_SIDE, HSAM_SIDE)) - (HSAM_SIDE - 1) / 2  # (2, S, S), from the centre
+NOWHERE = np.zeros((HSAM_SIDE, HSAM_SIDE), dtype=np.uint8)
+
+
+def read_map(seed: int) -> np.ndarray:
+    """(2, S, S): where each pixel was read, from the centre in pixels, NaN outside."""
+    ramps = (0.5 + 0.25 * GRID / (HSAM_SIDE / 2)).astype(np.float32)
+    found = np.stack([hsam_augmentation(ramp, NOWHERE, np.random.default_rng(seed))[0] for ramp in ramps]).astype(np.float64)
+    assert found.max() <= ramps.max()
+    return np.where(found > 0, (found - 0.5) * (HSAM_SIDE / 2) / 0.25, np.nan)
+
+
+@dataclass
+class Draw:
+    matrix: np.ndarray  # (2, 2), output to source
+    offset: np.ndarray  # (2,), where the centre was read
+    rest: float  # greatest distance from the straight map, in output pixels
+    filled: bool  # no pixel came from outside
+
+    @property
+    def side(self) -> float:
+        """Of the window, as a share of the slice's."""
+        return float(np.sqrt(np.linalg.det(self.matrix)))
+
+    @property
+    def degrees(self) -> float:
+        return float(np.rad2deg(np.arctan2(self.matrix[1, 0] - self.matrix[0, 1], self.matrix[0, 0] + self.matrix[1, 1])))
+
+
+@pytest.fixture(scope="module")
+def hsam_draws() -> list[Draw]:
+    draws = []
+    for seed in range(HSAM_DRAWS):
+        found = read_map(seed)
+        inside = ~np.isnan(found).any(axis=0)
+        ones = np.concatenate([GRID, np.ones_like(GRID[:1])])[:, inside]  # (3, N)
+        solution = np.linalg.lstsq(ones.T, found[:, inside].T, rcond=None)[0]  # (3, 2)
+        rest = np.abs(found[:, inside] - solution.T @ ones).max()
+        draws.append(Draw(solution[:2].T, solution[2], rest / np.sqrt(np.linalg.det(solution[:2])), bool(inside.all())))
+    return draws
+
+
+def straight(draws: list[Draw]) -> list[Draw]:
+    """Those that were not bent."""
+    return [draw for draw in draws if draw.rest < 1e-3]
+
+
+def assert_half(count: int, of: int) -> None:
+    assert abs(count - of / 2) < 5 * np.sqrt(of / 4), (count, of)
+
+
+def test_hsam_parts_come_with_probability_one_half_each_and_independently(hsam_draws: list[Draw]) -> None:
+    unbent = straight(hsam_draws)
+    cropped = [draw for draw in unbent if draw.side < 0.99]
+    turned = [draw for draw in unbent if abs(draw.degrees) > 1e-3]
+    both = [draw for draw in cropped if abs(draw.degrees) > 1e-3]
+    assert_half(len(unbent), len(hsam_draws))
+    assert_half(sum(draw.side < 0.95 for draw in hsam_draws), len(hsam_draws))  # bending hardly changes the fitted scale
+    assert_half(len(cropped), len(unbent))
+    assert_half(len(turned), len(unbent))
+    assert_half(len(both), len(cropped))
+
+
+def test_hsam_without_bending_is_a_turn_and_a_window_within_their_limits_and_never_mirrors(hsam_draws: list[Draw]) -> None:
+    centre = (HSAM_SIDE - 1) / 2
+    for draw in straight(hsam_draws):
+        (a, b), (c, d) = draw.matrix
+        np.testing.assert_allclose((a, b), (d, -c), atol=1e-4)  # no shear, no mirroring
+        window = np.linalg.inv(draw.matrix / draw.side) @ draw.offset  # its centre, in the turned slice
+        assert np.abs(window).max() + draw.side * centre <= centre + 1e-3  # inside the slice
+        if abs(draw.degrees) < 1e-3:
+            assert draw.filled
+    areas = np.array([draw.side**2 for draw in straight(hsam_draws) if draw.side < 0.99])
+    degrees = np.array([draw.degrees for draw in straight(hsam_draws) if abs(draw.degrees) > 1e-3])
+    for values, lo, hi in ((areas, 0.2, 0.8), (degrees, -20, 20)):  # uniform, with the mean and deviation of that
+        assert lo - 1e-3 <= values.min() < lo + 0.1 * (hi - lo)
+        assert hi - 0.1 * (hi - lo) < values.max() <= hi + 1e-3
+        assert abs(values.mean() - (lo + hi) / 2) < 5 * (hi - lo) / np.sqrt(12 * len(values))
+        assert values.std() == pytest.approx((hi - lo) / np.sqrt(12), rel=0.2)
+    places = np.ravel([draw.offset / (1 - draw.side) / centre for draw in straight(hsam_draws) if draw.side < 0.99 and abs(draw.degrees) < 1e-3])
+    assert places.min() < -0.8
+    assert places.max() > 0.8
+
+
+def test_hsam_bends_by_at_most_its_reach(hsam_draws: list[Draw]) -> None:
+    reach = HSAM_SIDE / 32
+    bent = [draw.rest for draw in hsam_draws if draw.rest >= 1e-3]
+    assert min(bent) > 0.2 * reach
+    assert max(bent) < 2 * np.sqrt(2) * reach  # the straight line through it lies within its reach, too
+
+
+def test_smooth_displacement_is_smooth_bounded_and_never_folds() -> None:
+    """Control points within a quarter of a cell of h pixels bound the field by h/4, its slope by 1/2 and its curvature by 1/h."""
+    shape = (57, 113)
+    rng = np.random.default_rng(0)
+    fields = np.stack([smooth_displacement(shape, rng) for _ in range(50)])  # (50, 2, H, W)
+    for axis, side in enumerate(shape):
+        cell = (side - 1) / 8
+        own = fields[:, axis]
+        assert 0.5 * cell / 4 < np.abs(own).max() <= cell / 4
+        slope = np.diff(own, axis=1 + axis)
+        assert 0.1 < np.abs(slope).max() <= 0.5
+        assert np.abs(np.diff(slope, axis=1 + axis)).max() <= 1 / cell
+        assert abs(own.mean()) < 0.05 * cell / 4
+    assert np.abs(np.corrcoef(fields[:, 0].ravel(), fields[:, 1].ravel())[0, 1]) < 0.1  # the axes are bent independently
+    down, across = np.gradient(fields, axis=(2, 3))
+    folding = (1 + down[:, 0]) * (1 + across[:, 1]) - down[:, 1] * across[:, 0]
+    assert folding.min() > 0
+
+
+def test_hsam_leaves_an_eighth_of_the_slices_untouched_and_those_exactly() -> None:
+    rng = np.random.default_rng(0)
+    image, label = rng.random((16, 16), dtype=np.float32), rng.integers(0, 9, (16, 16), dtype=np.uint8)
+    untouched = 0
+    for seed in range(400):
+        new_image, new_label = hsam_augmentation(image, label, np.random.default_rng(seed))
+        same = np.array_equal(new_image, image)
+        untouched += same
+        assert not same or np.array_equal(new_label, label)
+    assert abs(untouched - 400 / 8) < 5 * np.sqrt(400 * 7 / 64)
+
+
+def test_hsam_moves_image_and_label_alike() -> None:
+    """Where the interpolated indicator is 0 or 1, all four pixels that it was made from agree, so the label must agree with them."""
+    label = discs()
+    for seed in range(40):
+        image, moved = hsam_augmentation((label > 0).astype(np.float32), label, np.random.default_rng(seed))
+        assert image.min() >= 0
+        assert image.max() <= 1
+        sure = (image == 0) | (image == 1)
+        assert ((image > 0.5) == (moved > 0))[sure].all()
+        assert ((image > 0.5) != (moved > 0)).sum() <= 0.06 * (moved > 0).sum()
+        assert sure.mean() > 0.8
+
+
+def test_hsam_keeps_sides_and_enlarges_by_the_window(hsam_draws: list[Draw]) -> None:
+    """A disc in the middle of the left half and one in the right: where both are seen, left stays left; whole discs grow by 1 / area share."""
+    rows, columns = GRID
+    label = NOWHERE.copy()
+    label[rows**2 + (columns + 12) ** 2 < 6**2] = 1
+    label[rows**2 + (columns - 12) ** 2 < 6**2] = 2
+    area, ratios, seen = (label == 1).sum(), [], 0
+    for seed, draw in enumerate(hsam_draws):
+        moved = hsam_augmentation(label.astype(np.float32), label, np.random.default_rng(seed))[1]
+        border = np.concatenate([moved[0], moved[-1], moved[:, 0], moved[:, -1]])
+        if (moved == 1).any() and (moved == 2).any():
+            left, right = center_of_mass(moved == 1), center_of_mass(moved == 2)
+            assert left[1] < right[1]
+            seen += 1
+        if (moved == 1).any() and 1 not in border:
+            ratios.append((moved == 1).sum() / area * draw.side**2)
+    assert seen > 0.7 * HSAM_DRAWS
+    assert np.mean(ratios) == pytest.approx(1, abs=0.02)
+    assert min(ratios) > 0.6
+    assert max(ratios) < 1.6

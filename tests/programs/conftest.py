@@ -16,7 +16,20 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (10, 72, 80)  # not square, so that an exchange of axes shows
 TRAIN, TEST = (5, 6, 7), (8, 22)  # numbers of the published split
 # The smallest model on a small image, with both resizings of the published protocol: 72 x 80 -> 56 -> 64.
-VIT_TINY = ("--vit_name", "vit_tiny", "--img_size", 64, "--input_size", 56, "--batch_size", 6, "--device", "cpu")
+VIT_TINY = (
+    "--module",
+    "sam_lora_image_encoder",
+    "--vit_name",
+    "vit_tiny",
+    "--img_size",
+    64,
+    "--input_size",
+    56,
+    "--batch_size",
+    6,
+    "--device",
+    "cpu",
+)
 RANDOM_START = ("--ckpt", "none")
 
 

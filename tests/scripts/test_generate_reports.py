@@ -519,6 +519,15 @@ def test_a_run_that_loses_its_server_is_resumed_where_it_stopped(run, server, da
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
+def test_failures_here_and_there_do_not_end_a_run(run, server, tmp_path) -> None:
+    down, empty, good = status(503), says(""), says(GOOD)
+    server.behaviours = [down, down, good, down, down, empty, empty, empty, down, down, good]
+    organs = [f"organ{i}" for i in range(len(server.behaviours))]
+    flags = ("--wordings", "short", "--output", tmp_path / "o.json", "--base_url", server.url, "--model", "m", "--retries", 0)
+    assert "given up" not in run("--organs", *organs, *flags).refused("9 of 11 reports failed")
+    assert list(read_organ_reports(tmp_path / "o.json").organs) == ["organ2", "organ10"]
+
+
 def test_a_server_that_is_not_there(run, data, tmp_path) -> None:
     with Server() as gone:
         url = gone.url

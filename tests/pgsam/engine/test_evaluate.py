@@ -334,7 +334,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def small() -> tuple[SliceModel, ModelCard]:
     torch.manual_seed(0)
-    model = build_model(vit_name="vit_tiny", img_size=64, num_classes=3, verbose=False).eval()
+    model = build_model("sam_lora_image_encoder", vit_name="vit_tiny", img_size=64, num_classes=3, verbose=False).eval()
     card = ModelCard("sam_lora_image_encoder", "vit_tiny", 64, 56, ("a", "b", "c"), training_cases=("x",), training_patients=("x",))
     return model, card
 

@@ -172,7 +172,7 @@ def test_interim_lines_and_curves(folder: DataFolder, tmp_path: Path, monkeypatc
 
 def test_provenance(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a" / "run")
-    write_provenance(folder, ["python", "train.py", "--output", "my runs/1"], {"seed": 7, "ckpt": None}, RECIPE, CARD)
+    write_provenance(folder, ["python", "train.py", "--output", "my runs/1"], {"seed": 7, "ckpt": None}, RECIPE, CARD, nn.Linear(2, 1))
     assert (folder.path / "command.txt").read_text() == "python train.py --output 'my runs/1'\n"
     config = json.loads((folder.path / "config.json").read_text())
     assert config["flags"] == {"seed": 7, "ckpt": None}

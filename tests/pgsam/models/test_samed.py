@@ -115,7 +115,7 @@ def test_trainable_parameters_are_the_published_number(module: str) -> None:
 
 
 def test_tiny_model_stays_tiny() -> None:
-    model = build_model(vit_name="vit_tiny", verbose=False)
+    model = build_model(SAMED, vit_name="vit_tiny", verbose=False)
     assert sum(p.numel() for p in model.parameters()) <= 3_500_000
     assert model.mask_decoder.transformer_dim == model.prompt_encoder.embed_dim == 128
 
@@ -123,7 +123,7 @@ def test_tiny_model_stays_tiny() -> None:
 @pytest.mark.parametrize(("img_size", "batch"), [(64, 1), (96, 3)])
 def test_output_contract_and_batching(img_size: int, batch: int) -> None:
     torch.manual_seed(0)
-    model = build_model(vit_name="vit_tiny", img_size=img_size, num_classes=5, verbose=False).eval()
+    model = build_model(SAMED, vit_name="vit_tiny", img_size=img_size, num_classes=5, verbose=False).eval()
     images = torch.rand(batch, 3, img_size, img_size)
     with torch.no_grad():
         out = model(images)

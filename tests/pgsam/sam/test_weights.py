@@ -23,7 +23,7 @@ class WouldRunCode:
 def test_samed_initialisation_for_every_vit(vit_name: str, img_size: int, num_classes: int) -> None:
     """Spec 1.3: at 512 px with 8 classes all of a vit_b file but 12 tensors are taken verbatim; with 3 classes the mask tokens fit too."""
     with torch.device("meta"):
-        model = build_model(vit_name=vit_name, img_size=img_size, num_classes=num_classes, verbose=False)
+        model = build_model("sam_lora_image_encoder", vit_name=vit_name, img_size=img_size, num_classes=num_classes, verbose=False)
         state = sam_model_registry[vit_name]().state_dict()
     state = {key: value for key, value in state.items() if not key.startswith("pixel_")}
     fitted, report = fit_sam(state, model, "file")
@@ -40,7 +40,7 @@ def test_samed_initialisation_for_every_vit(vit_name: str, img_size: int, num_cl
 
 
 def test_positions_are_resized_bilinearly_and_everything_else_copied(synthetic, sam_vit_b_file: Path) -> None:
-    model = build_model(ckpt=sam_vit_b_file, img_size=224, verbose=False)
+    model = build_model("sam_lora_image_encoder", ckpt=sam_vit_b_file, img_size=224, verbose=False)
     official, ours = synthetic.synthetic_sam("vit_b"), model.state_dict()
     position = official["image_encoder.pos_embed"].permute(0, 3, 1, 2)
     expected = F.interpolate(position, (14, 14), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
@@ -54,7 +54,7 @@ def test_positions_are_resized_bilinearly_and_everything_else_copied(synthetic, 
 
 
 def test_report_names_what_happened(sam_vit_b_file: Path) -> None:
-    model = build_model(img_size=512, verbose=False)
+    model = build_model("sam_lora_image_encoder", img_size=512, verbose=False)
     text = str(load_sam(model, sam_vit_b_file, "vit_b"))
     assert "302 loaded" in text
     assert "9 resized" in text
@@ -115,7 +115,7 @@ def test_wrong_vit_and_missing_file(tmp_path: Path) -> None:
 
 
 def test_incomplete_encoder_is_refused() -> None:
-    model = build_model(vit_name="vit_tiny", img_size=64, verbose=False)
+    model = build_model("sam_lora_image_encoder", vit_name="vit_tiny", img_size=64, verbose=False)
     state = {k: v for k, v in model.state_dict().items() if ".lora_" not in k and "blocks.3.mlp" not in k}
     with pytest.raises(UserError, match=r"4 are absent or misshapen: image_encoder.blocks.3.mlp.lin1.weight"):
         fit_sam(state, model, "file")
