@@ -33,6 +33,7 @@ def build_parser() -> Parser:
     add("-i", "--input", type=Path, help="scan, .nii or .nii.gz (default: the bundled phantom)")
     add("-o", "--output", type=Path, default=Path("demo_output"), help="folder of the results (default %(default)s)")
     add_model_flags(parser, checkpoint=DEMO_CHECKPOINT)
+    add("--similarity", action="store_true", help="also a picture of how like each organ's report each place is (PG-SAM with an aligner)")
     return parser
 
 
@@ -54,14 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pgsam.volume_io import read_volume
 
         scan = read_volume(args.input)
-        segment_file(open_model(args, pick_device(args.device)), scan, args)
+        model = open_model(args, pick_device(args.device))
+        if args.similarity and getattr(model, "aligner", None) is None:
+            raise UserError(f"--similarity: {args.checkpoint} has no aligner, so there are no similarity maps; leave it out")
+        segment_file(model, scan, args)
     return 0
 
 
 def run_bundled_case(model, args: argparse.Namespace) -> None:
     """Segments the bundled phantom, prints its scores, writes a picture and the prediction."""
     from datasets.volumes import read_case
-    from pgsam.engine.evaluate import save_case_picture, segment_case
+    from pgsam.engine.evaluate import save_case_picture, save_similarity_picture, segment_case
     from pgsam.metrics import class_metrics, format_table, summarise
     from pgsam.volume_io import write_volume
 
@@ -80,6 +84,9 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
     volume = case.on_source_grid(labels)
     write_volume(args.output / "demo_case_seg.nii.gz", volume.array, volume)
     print(f"wrote {args.output / 'demo_case.png'} and {args.output / 'demo_case_seg.nii.gz'}")
+    similar = args.output / "demo_case_similarity.png"
+    if save_similarity_picture(similar, model, case.image, card, case.orientation or card.orientation, case.spacing_mm):
+        print(f"wrote {similar}: how like each organ's report each place is")
 
 
 def segment_file(model, scan, args: argparse.Namespace) -> None:
@@ -88,7 +95,7 @@ def segment_file(model, scan, args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from pgsam.engine.device import environment
-    from pgsam.engine.evaluate import save_case_picture
+    from pgsam.engine.evaluate import save_case_picture, save_similarity_picture
     from pgsam.engine.predict import segment_scan
     from pgsam.engine.text_flags import notes_on_texts, open_slice_texts
     from pgsam.sam.weights import sha256_of
@@ -111,6 +118,9 @@ def segment_file(model, scan, args: argparse.Namespace) -> None:
     write_volume(target, labels.array, labels)
     turned = reorient(Volume(labels.array, scan.affine), card.orientation).array
     save_case_picture(args.output / f"{name}.png", image.array, [("prediction", turned)], card, image.orientation, image.spacing_mm)
+    if args.similarity:
+        similar = args.output / f"{name}_similarity.png"
+        save_similarity_picture(similar, model, image.array, card, image.orientation, image.spacing_mm)
     run = {
         **environment(next(model.parameters()).device),
         "seconds": round(seconds, 3),

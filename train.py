@@ -35,19 +35,22 @@ SAMED_RECIPE = {
     "augment": "samed",
     "loss_resolution": "low",
 }
-# PG-SAM: its README's command and its paper; the released code stops at epoch 20 whatever is asked, here stop_epoch follows max_epochs.
+# PG-SAM: its README's command and its paper. The released code stops at epoch 20 unless told otherwise; here all of max_epochs is run.
 PG_SAM_RECIPE = {
     "img_size": 224,
     "base_lr": 0.0026,
     "max_epochs": 300,
-    "stop_epoch": 300,
     "warmup": True,
     "AdamW": True,
     "augment": "hsam",
     "loss_resolution": "both",
 }
 MOST_CLASSES = 255
-RECIPES = {"pg_sam": PG_SAM_RECIPE, "sam_lora_image_encoder": SAMED_RECIPE, "sam_lora_image_encoder_mask_decoder": SAMED_RECIPE}
+RECIPES: dict[str, dict[str, Any]] = {
+    "pg_sam": PG_SAM_RECIPE,
+    "sam_lora_image_encoder": SAMED_RECIPE,
+    "sam_lora_image_encoder_mask_decoder": SAMED_RECIPE,
+}
 # Flags that only a module with text knows: name in args -> its default there.
 PRIOR_FLAGS = {"class_tokens": "learned", "aligner": "gated", "fusion": "gated", "refine_steps": 3, "alignment_weight": 0.5, "deep_weight": 0.5}
 TEXT_FLAGS = ("reports", "text_encoder", "text_lora", "slice_reports", "text_dir", "text_list", "allow_missing_text")
@@ -121,11 +124,11 @@ def resolve(args: argparse.Namespace) -> None:
     from pgsam.sam.build import vit_sizes
 
     recipe = RECIPES[args.module]
-    if args.stop_epoch is None and args.max_epochs is not None:
-        args.stop_epoch = min(int(recipe["stop_epoch"]), args.max_epochs)
     for name, value in recipe.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and name != "stop_epoch":
             setattr(args, name, value)
+    if args.stop_epoch is None:
+        args.stop_epoch = min(recipe.get("stop_epoch", args.max_epochs), args.max_epochs)
     require_at_least(args, num_classes=1, rank=1, input_size=16, max_epochs=1, stop_epoch=1, batch_size=1)
     require_at_least(args, warmup_period=1, weight_decay=0, num_workers=0, seed=0)
     resolve_text(args)
@@ -153,22 +156,27 @@ def resolve_text(args: argparse.Namespace) -> None:
     from pgsam.prior.text_encoder import BUILTIN_ENCODER
 
     if args.module not in READS_TEXT:
-        given = [f"--{name}" for name in (*PRIOR_FLAGS, *TEXT_FLAGS) if getattr(args, name) not in (None, False)]
-        if given:
-            raise UserError(f"{', '.join(given)}: --module {args.module} has no such part; leave it out, or use --module {READS_TEXT[0]}")
+        foreign = [f"--{name}" for name in (*PRIOR_FLAGS, *TEXT_FLAGS) if getattr(args, name) not in (None, False)]
+        if foreign:
+            raise UserError(f"{', '.join(foreign)}: --module {args.module} has no such part; leave it out, or use --module {READS_TEXT[0]}")
         return
+    given = {name for name in PRIOR_FLAGS if getattr(args, name) is not None}
     for name, value in PRIOR_FLAGS.items():
-        if getattr(args, name) is None:
+        if name not in given:
             setattr(args, name, value)
+    if "alignment_weight" in given and args.aligner != "gated":
+        raise UserError(f"--alignment_weight: --aligner {args.aligner} has no maps that a loss could train; leave it out")
+    if "deep_weight" in given and not args.refine_steps:
+        raise UserError("--deep_weight: with --refine_steps 0 there are no steps to supervise; leave it out")
     require_at_least(args, refine_steps=0, alignment_weight=0, deep_weight=0, text_lora=0)
     if args.class_tokens == "text" and (args.allow_missing_text and args.slice_reports is None and args.text_dir is None):
         raise UserError("--allow_missing_text: with --class_tokens text a class is its report, so no organ's may be missing; leave it out")
     if args.class_tokens == "text" and args.reports == "none":
         raise UserError("--reports none: with --class_tokens text a class is its report; use --class_tokens learned")
     reads = args.class_tokens == "text" or args.aligner != "none"
-    given = [f"--{name}" for name in TEXT_FLAGS if getattr(args, name) not in (None, False)]
-    if given and not reads:
-        raise UserError(f"{', '.join(given)}: nothing reads it with --aligner none and learned class tokens; leave it out")
+    unread = [f"--{name}" for name in TEXT_FLAGS if getattr(args, name) not in (None, False)]
+    if unread and not reads:
+        raise UserError(f"{', '.join(unread)}: nothing reads it with --aligner none and learned class tokens; leave it out")
     if args.aligner == "none" and (args.slice_reports is not None or args.text_dir is not None):
         raise UserError("--aligner none: reports on slices are read by the aligner; leave them out, or give an aligner")
     args.text_encoder, args.text_lora = args.text_encoder or BUILTIN_ENCODER, args.text_lora or 0
@@ -304,16 +312,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         deterministic=bool(args.deterministic),
         num_workers=default_workers(device.type) if args.num_workers is None else args.num_workers,
     )
+    reader = None
+    if store is not None:
+        encoder = None if args.text_lora else args.text_encoder
+        reader = SliceTextReader(store, encoder=encoder, dim=text_dim(model), allow_missing=args.allow_missing_text)
+        dataset.texts, dataset.missing_text = reader.read(dataset.names), reader.missing
     run = RunFolder(args.output)
     write_provenance(run, ["python", "train.py", *(argv if argv is not None else sys.argv[1:])], jsonable(args), recipe, card, model)
     run.log(trainable_report(model))
     if isinstance(model, PGSam) and model.told is not None:
         run.log(f"reports on {len(model.told.reports)} of {len(names)} organs, read by {model.told.encoder}")
-    if store is not None:
-        reader = SliceTextReader(
-            store, encoder=None if args.text_lora else args.text_encoder, dim=text_dim(model), allow_missing=args.allow_missing_text
-        )
-        dataset.texts, dataset.missing_text = reader.read(dataset.names), reader.missing
+    if reader is not None:
         run.log(reader.summary())
     train(model, dataset, recipe, run, card, device)
     return 0

@@ -34,6 +34,13 @@ def overlay(image: np.ndarray, labels: np.ndarray | None, colours: Sequence[Colo
     return rgb.round().astype(np.uint8)
 
 
+def heat(image: np.ndarray, values: np.ndarray, colour: Colour) -> np.ndarray:
+    """`(H, W, 3)` uint8: a grey slice in [0, 1] under a veil of `colour`, as opaque as `values` in [0, 1] say."""
+    grey = np.repeat(np.clip(image, 0, 1)[..., None] * 255, 3, axis=2)
+    veil = 0.75 * np.clip(values, 0, 1)[..., None]
+    return ((1 - veil) * grey + veil * np.array(colour, dtype=np.float64)).round().astype(np.uint8)
+
+
 def montage(
     rows: Sequence[Sequence[np.ndarray]],
     *,

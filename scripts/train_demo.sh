@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the bundled demo again: phantoms, training of a vit_tiny SAMed from a random start, checkpoints/demo.safetensors and demo_case.npy.h5.
+# Makes the bundled demo again: phantoms, training of a vit_tiny PG-SAM from a random start, checkpoints/demo.safetensors and demo_case.npy.h5.
 # Under an hour on 2 cores; seeds are fixed, so the same machine and packages give the same weights.
 #
 #   bash scripts/train_demo.sh [WORK_FOLDER]        (default runs/demo; about 1.3 GB of slices are written there)
@@ -24,8 +24,8 @@ test_cases=$(seq 1 8)
 "$PYTHON" "$root/preprocess/nifti.py" --pairs "$work/pairs.csv" --output "$work/data" --label_map synapse8
 
 # No augmentation: a phantom is never mirrored, and there are as many as one likes.
-"$PYTHON" "$root/train.py" --root_path "$work/data" --output "$work/run" --module sam_lora_image_encoder --vit_name vit_tiny --ckpt none \
-    --tune full --img_size 224 --augment none --warmup --AdamW --base_lr 0.001 --weight_decay 0.05 --batch_size 16 --max_epochs 18 --num_workers 1
+"$PYTHON" "$root/train.py" --root_path "$work/data" --output "$work/run" --module pg_sam --class_tokens text --vit_name vit_tiny --ckpt none \
+    --tune full --img_size 224 --augment none --base_lr 0.001 --weight_decay 0.05 --batch_size 16 --max_epochs 7
 "$PYTHON" "$root/test.py" --checkpoint "$work/run/final.safetensors" --volume_path "$work/data" --output_dir "$work/test"
 cp "$work/run/final.safetensors" "$root/checkpoints/demo.safetensors"
 "$PYTHON" "$here/pack_case.py" "$work/data/test_vol_h5/phantom0001.npy.h5" "$root/checkpoints/demo_case.npy.h5"

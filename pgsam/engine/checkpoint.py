@@ -21,9 +21,10 @@ from pgsam.errors import UserError
 from pgsam.models import BUILDERS, READS_TEXT, resolve_class_names
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
-from pgsam.models.pg_sam import PGSam, Told, replace_reports, tune_text_encoder
+from pgsam.models.pg_sam import PGSam, Told, replace_reports, require_encoder, tune_text_encoder
 from pgsam.models.samed import describe_samed_state, from_samed_state, is_samed_state
 from pgsam.prior.reports import reports_hash
+from pgsam.prior.text_encoder import load_text_encoder
 from pgsam.sam.build import VITS
 from pgsam.sam.weights import OFFICIAL_FILES, fit_sam, read_sam, read_state_dict, require_file, resize_positions, sha256_of, vit_of
 from pgsam.volume_io import replacing
@@ -173,7 +174,9 @@ def _build(card: ModelCard, state: Mapping[str, Tensor], path: Path, text_encode
     if isinstance(model, PGSam) and card.reports is not None and card.text_encoder is not None:
         model.told = Told(card.reports, card.text_encoder, card.text_encoder_sha256 or "", card.reports_saw_labels)
         if text_lora:
-            tune_text_encoder(model, text_encoder or card.text_encoder, text_lora, [(card.reports.get(name, ""),) for name in card.class_names])
+            encoder = load_text_encoder(text_encoder or card.text_encoder)
+            require_encoder(encoder.name, encoder.identity, model.told)
+            tune_text_encoder(model, encoder, text_lora, [(card.reports.get(name, ""),) for name in card.class_names])
     return model
 
 
@@ -247,7 +250,7 @@ def start_from(model: SliceModel, checkpoint: str | Path, card: ModelCard) -> No
     require_file(path, "a checkpoint (.safetensors of ours, or SAMed's .pth)")
     ours = path.suffix == ".safetensors"
     other, state = _read_release(path) if ours else _read_samed(path)
-    for name in ("module", "vit_name", "rank", "num_classes", "class_tokens", "options"):
+    for name in ("module", "vit_name", "rank", "num_classes", "class_tokens", "options", "text_encoder_sha256"):
         if getattr(other, name) != getattr(card, name):
             raise UserError(f"{path}: expected {name} {getattr(card, name)} as in this run, found {getattr(other, name)}")
     if None not in (other.sam_sha256, card.sam_sha256) and other.sam_sha256 != card.sam_sha256:

@@ -24,13 +24,13 @@ from datasets.labels import colour_of
 from datasets.layout import DataFolder
 from datasets.volumes import Case, case_path, read_case
 from pgsam.engine.log import Log
-from pgsam.engine.predict import segment_slices
+from pgsam.engine.predict import segment_slices, similarity_maps
 from pgsam.engine.text_flags import SliceTextReader, notes_on_texts
 from pgsam.errors import UserError
 from pgsam.metrics import class_metrics, format_table, summarise
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
-from pgsam.overlay import save_png, show_case
+from pgsam.overlay import for_display, heat, montage, overlay, save_png, show_case
 from pgsam.volume_io import Volume, reorient, write_volume
 
 Spacing = tuple[float, float, float]
@@ -151,21 +151,21 @@ def segment_case(
         turned = reorient(Volume(case.image, case.geometry.affine), card.orientation)
         image = np.ascontiguousarray(turned.array)
         if told is not None:
-            told = [told[i] for i in _slice_order(case, path, card.orientation)]
-            told = torch.stack(told) if isinstance(told[0], torch.Tensor) else told
+            order = _slice_order(case, path, card.orientation)
+            told = told[torch.from_numpy(order)] if isinstance(told, torch.Tensor) else [told[i] for i in order]
     with tqdm(total=len(image), desc=case.name, unit="slice", leave=False, disable=None) as bar:
         labels = segment_slices(model, image, input_size=card.input_size, batch_size=batch_size, texts=told, progress=bar.update)
     return labels if turned is None else np.ascontiguousarray(reorient(Volume(labels, turned.affine), str(case.orientation)).array)
 
 
 def _slice_order(case: Case, path: Path, orientation: str) -> np.ndarray:
-    """Which stored slice each slice is in another orientation; a UserError if the slices themselves are other planes there."""
+    """The stored number of each slice in another orientation; a UserError if the slices themselves are other planes there."""
     assert case.geometry is not None
     numbers = np.broadcast_to(np.arange(len(case.image), dtype=np.int32)[:, None, None], case.image.shape)
     turned = reorient(Volume(numbers, case.geometry.affine), orientation).array
     if turned.shape[0] != len(case.image) or (turned != turned[:, :1, :1]).any():
         raise UserError(f"{path} ({case.name}): its slices are other planes than the checkpoint's ({orientation}), so their reports do not fit")
-    return turned[:, 0, 0]
+    return np.ascontiguousarray(turned[:, 0, 0])
 
 
 def _jsonable(value: float) -> float | int | None:
@@ -202,6 +202,29 @@ def save_case_picture(
     """Writes `overlay.show_case` of one case with the organs' fixed colours."""
     colours = [colour_of(name, i) for i, name in enumerate(card.class_names)]
     save_png(show_case(image, maps, card.class_names, colours, orientation=orientation, spacing_mm=spacing_mm), path)
+
+
+def save_similarity_picture(
+    path: Path, model: SliceModel, image: np.ndarray, card: ModelCard, orientation: str, spacing_mm: Spacing | None, columns: int = 5
+) -> bool:
+    """Writes what an aligner sees: a row an organ, how like its report each place of some slices is.
+
+    A row's colour runs from the mean of the organ's cosines in these slices (invisible) to their maximum. `image` [D, H, W] is in [0, 1] and lies as
+    in training. False, and no picture, for a model without an aligner.
+    """
+    chosen = np.linspace(0, len(image) - 1, columns + 2).round().astype(int)[1:-1]
+    maps = similarity_maps(model, image[chosen], input_size=card.input_size)
+    if maps is None:
+        return False
+    low, high = maps.mean(axis=(0, 2, 3), keepdims=True), maps.max(axis=(0, 2, 3), keepdims=True)
+    maps = (maps - low) / np.maximum(high - low, 1e-6)
+    grey, maps = for_display(image[chosen], orientation), for_display(maps, orientation)
+    colours = [colour_of(name, i) for i, name in enumerate(card.class_names)]
+    rows = [[overlay(picture, None, colours) for picture in grey]]
+    rows += [[heat(picture, m[k], colour) for picture, m in zip(grey, maps, strict=True)] for k, colour in enumerate(colours)]
+    spacing_hw = spacing_mm[1:] if spacing_mm else (1.0, 1.0)
+    save_png(montage(rows, row_titles=["image", *card.class_names], legend=[], tile_height=128, spacing_hw=spacing_hw), path)
+    return True
 
 
 def _save_nifti(staging: Path, case: Case, labels: np.ndarray) -> None:

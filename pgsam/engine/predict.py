@@ -68,6 +68,22 @@ def segment_slices(
     return labels
 
 
+@torch.inference_mode()
+def similarity_maps(model: SliceModel, slices: np.ndarray, *, input_size: int, texts: SliceTexts | None = None) -> np.ndarray | None:
+    """Cosine of every place of `slices` [D, H, W] and every organ's report, `[D, K, H, W]` in [-1, 1], bilinear from the token grid.
+
+    None for a model without an aligner. `slices` are scaled to [0, 1] and lie as in training.
+    """
+    device = next(model.parameters()).device
+    size = (model.img_size, model.img_size)
+    resized = resize_cubic(resize_cubic(slices.astype(np.float32, copy=False), (input_size, input_size)), size)
+    images = torch.from_numpy(np.ascontiguousarray(resized)).to(device)[:, None].expand(-1, 3, -1, -1)
+    maps = model(images, upscale=False, **({} if texts is None else {"text": texts_to(texts, device)})).get("similarity")
+    if maps is None:
+        return None
+    return torch.nn.functional.interpolate(maps, slices.shape[1:], mode="bilinear", align_corners=False).clamp(-1, 1).cpu().numpy()
+
+
 def segment_scan(
     model: SliceModel,
     scan: Volume,

@@ -11,7 +11,7 @@ from torch import Tensor
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
-from pgsam.models.pg_sam import PGSam, text_dim
+from pgsam.models.pg_sam import PGSam, require_encoder, text_dim
 from pgsam.prior.organ_texts import encoder_identity
 from pgsam.prior.reports import SliceReports, read_slice_reports, read_text_folder, refuse_label_reports
 from pgsam.prior.text_encoder import embed_texts
@@ -111,8 +111,8 @@ def open_slice_texts(args: argparse.Namespace, model: SliceModel) -> SliceTextRe
     if store is not None:
         refuse_label_reports(store, args.allow_label_reports)
     encoder = None if model.texts.encoder is not None else args.text_encoder or model.told.encoder
-    if args.text_encoder is not None and encoder is not None and encoder_identity(encoder) != model.told.encoder_sha256:
-        raise UserError(f"{encoder}: expected the text encoder of the checkpoint ({model.told.encoder}), found other weights; give its folder")
+    if args.text_encoder is not None and encoder is not None:
+        require_encoder(encoder, encoder_identity(encoder), model.told)
     return SliceTextReader(store, encoder=encoder, dim=text_dim(model), allow_missing=args.allow_missing_text)
 
 

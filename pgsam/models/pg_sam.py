@@ -24,7 +24,7 @@ from pgsam.models.base import SliceModel
 from pgsam.prior.aligner import ALIGNERS
 from pgsam.prior.organ_texts import NO_REPORTS, OrganTexts, encoder_identity, gather_wordings
 from pgsam.prior.reports import normalise_name, read_organ_reports
-from pgsam.prior.text_encoder import BUILTIN_ENCODER, embed_texts, load_text_encoder
+from pgsam.prior.text_encoder import BUILTIN_ENCODER, TextEncoder, embed_texts, load_text_encoder
 from pgsam.sam.build import build_image_encoder, build_mask_decoder, build_prompt_encoder, vit_sizes
 from pgsam.sam.image_encoder import ImageEncoder
 from pgsam.tuning.lora import LoRALinear, add_encoder_lora
@@ -281,7 +281,7 @@ def build_with_reports(
         return build_pg_sam(vit_name, img_size, class_names, **settings)
     spoken = gather_wordings(reports, class_names, allow_missing=allow_missing_text and settings.get("class_tokens") != "text")
     given = [(name, text) for name in class_names for text in spoken.wordings.get(name, ())]
-    encoder = load_text_encoder(text_encoder) if text_lora else text_encoder
+    encoder: str | TextEncoder = load_text_encoder(text_encoder) if text_lora else text_encoder
     vectors = embed_texts([text for _, text in given], encoder)
     missing = [i for i, name in enumerate(class_names) if name not in spoken.texts]
     model = build_pg_sam(vit_name, img_size, class_names, text_dim=vectors.shape[1], missing=missing, **settings)
@@ -289,17 +289,25 @@ def build_with_reports(
     rows = [torch.tensor([j for j, (owner, _) in enumerate(given) if owner == name], dtype=torch.long) for name in class_names]
     model.texts.set_vectors([vectors[index] if len(index) else None for index in rows], centre=True)
     model.told = Told(spoken.texts, text_encoder, encoder_identity(encoder), spoken.saw_labels)
-    if text_lora:
-        tune_text_encoder(model, text_encoder, text_lora, [spoken.wordings.get(name, ("",)) for name in class_names])
+    if isinstance(encoder, TextEncoder):
+        tune_text_encoder(model, encoder, text_lora, [spoken.wordings.get(name, ("",)) for name in class_names])
     return model
 
 
-def tune_text_encoder(model: PGSam, name: str, rank: int, texts: Sequence[tuple[str, ...]]) -> None:
+def tune_text_encoder(model: PGSam, encoder: TextEncoder, rank: int, texts: Sequence[tuple[str, ...]]) -> None:
     """Gives `model` a text encoder of its own with LoRA on q and v, zero at start, which reads `texts` (of every class) at every step."""
     assert model.texts is not None
-    encoder = load_text_encoder(name)
     encoder.add_lora(lambda linear: LoRALinear(linear, rank, {"out": (0, linear.out_features)}))
     model.texts.train_encoder(encoder, texts)
+
+
+def require_encoder(name: str, identity: str, told: Told) -> None:
+    """Raises a UserError unless a text encoder is the one the model was trained with."""
+    if identity != told.encoder_sha256:
+        raise UserError(
+            f"{name}: expected the text encoder of the checkpoint ({told.encoder}, sha256 {told.encoder_sha256}), found another (sha256 {identity}); "
+            "give its folder as --text_encoder"
+        )
 
 
 def replace_reports(model: PGSam, source: Mapping[str, str] | str | Path, encoder: str | None = None) -> None:
@@ -322,11 +330,7 @@ def replace_reports(model: PGSam, source: Mapping[str, str] | str | Path, encode
         bank = read_organ_reports(source, model.class_names)
         texts, saw_labels = {organ: bank.training(organ)[0] for organ in bank.organs}, bank.saw_labels
     name = encoder or model.told.encoder
-    identity = encoder_identity(name)
-    if identity != model.told.encoder_sha256:
-        raise UserError(
-            f"{name}: expected the text encoder of the checkpoint ({model.told.encoder}, sha256 {model.told.encoder_sha256}), found {identity}"
-        )
+    require_encoder(name, encoder_identity(name), model.told)
     if model.texts.encoder is None:
         vectors = embed_texts(list(texts.values()), name)
         for vector, organ in zip(vectors, texts, strict=True):

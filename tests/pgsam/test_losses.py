@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pgsam.losses import SegmentationLoss, cross_entropy, dice_loss
+from pgsam.losses import SegmentationLoss, alignment_loss, cross_entropy, cross_entropy_and_dice, dice_loss
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MONAI's own imports
@@ -142,3 +142,140 @@ def test_wrong_arguments_are_refused():
         SegmentationLoss(resolution="high")
     with pytest.raises(ValueError, match="full-size label"):
         SegmentationLoss(resolution="both")({"low_res_logits": logits, "masks": logits}, labels)
+
+
+# --- both at once -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", ["random", "first channel", "last channel"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_both_at_once_are_torchs_cross_entropy_and_the_dice_loss(labels, which):
+    """Values and gradients; labels of one class leave every other channel without a reference."""
+    logits, reference = sample(dtype=torch.float64)
+    if labels != "random":
+        reference = torch.full_like(reference, 0 if labels == "first channel" else logits.shape[1] - 1)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    found = cross_entropy_and_dice(ours, reference)[which]
+    expected = (functional.cross_entropy, dice_loss)[which](theirs, reference)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert ours.grad.abs().max() > 0
+
+
+def test_both_at_once_gradient_is_the_numerical_one():
+    logits, labels = sample(batch=2, channels=3, size=(3, 2), dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda z: cross_entropy_and_dice(z, labels), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_both_at_once_in_half_precision_are_those_of_the_rounded_logits(dtype):
+    logits, labels = sample(batch=2, size=(300, 300))  # more pixels than float16 counts
+    rounded = logits.to(dtype)
+    for labels_of in (labels, torch.zeros_like(labels)):
+        ce, dice = cross_entropy_and_dice(rounded, labels_of)
+        assert ce.dtype == dice.dtype == torch.float32
+        torch.testing.assert_close(ce, functional.cross_entropy(rounded.float(), labels_of))
+        torch.testing.assert_close(dice, dice_loss(rounded.float(), labels_of))
+
+
+def test_both_at_once_stay_finite_on_sure_logits():
+    """A sure and wrong pixel costs its margin, and its gradient is finite."""
+    logits = torch.tensor([-1000.0, 1000.0]).view(1, 2, 1, 1).requires_grad_()
+    ce, dice = cross_entropy_and_dice(logits, torch.zeros(1, 1, 1, dtype=torch.long))
+    assert float(ce.detach()) == pytest.approx(2000)
+    assert float(dice.detach()) == pytest.approx(1, abs=1e-4)
+    (ce + dice).backward()
+    torch.testing.assert_close(logits.grad.flatten(), torch.tensor([-1.0, 1.0]))
+
+
+def test_both_at_once_take_any_integer_and_refuse_what_does_not_fit():
+    logits, labels = sample()
+    for dtype in (torch.uint8, torch.int32):
+        torch.testing.assert_close(cross_entropy_and_dice(logits, labels.to(dtype)), cross_entropy_and_dice(logits, labels))
+    for wrong in (labels[:2], labels.unsqueeze(1), labels.float(), labels > 0):
+        with pytest.raises(ValueError, match="labels"):
+            cross_entropy_and_dice(logits, wrong)
+
+
+# --- PG-SAM's own terms -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(12, 10), (36, 20), (12, 40)])
+def test_alignment_loss_is_cross_entropy_with_the_shares_of_each_location(size):
+    """torch's cross-entropy takes class probabilities; here they are counted pixel by pixel."""
+    logits, _ = sample(dtype=torch.float64)
+    labels = torch.randint(0, 4, (3, *size), generator=torch.Generator().manual_seed(4))
+    down, across = size[0] // 12, size[1] // 10
+    shares = torch.zeros_like(logits)
+    for b in range(3):
+        for y in range(size[0]):
+            for x in range(size[1]):
+                shares[b, labels[b, y, x], y // down, x // across] += 1 / (down * across)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    found, expected = alignment_loss(ours, labels), functional.cross_entropy(theirs, shares)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_alignment_loss_closed_form():
+    """A location that is a quarter organ 1: the best loss is the entropy of (3/4, 1/4), reached at their logarithms."""
+    labels = torch.tensor([[[0, 1], [0, 0]]])
+    best = torch.tensor([3 / 4, 1 / 4]).log().view(1, 2, 1, 1)
+    assert float(alignment_loss(best + 5, labels)) == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert float(alignment_loss(torch.zeros(1, 2, 1, 1), labels)) == pytest.approx(math.log(2))
+    half = alignment_loss(best.half(), labels)
+    assert half.dtype == torch.float32
+    assert float(half) == pytest.approx(float(alignment_loss(best, labels)), abs=1e-3)
+
+
+def test_alignment_loss_refuses_labels_that_are_no_multiple():
+    logits = torch.zeros(2, 3, 4, 4)
+    for wrong in ((2, 6, 8), (2, 8, 6), (1, 8, 8), (2, 1, 8, 8)):
+        with pytest.raises(ValueError, match="expected labels"):
+            alignment_loss(logits, torch.zeros(wrong, dtype=torch.long))
+
+
+def pg_sam_outputs():
+    """What PG-SAM hands out with three steps, and its low-resolution label; every tensor with its own values."""
+    steps = [sample(seed)[0].requires_grad_() for seed in range(4)]
+    alignment = torch.randn(3, 5, 6, 5, generator=torch.Generator().manual_seed(9)).requires_grad_()
+    return {"low_res_logits": steps[-1], "step_logits": steps, "alignment_logits": alignment}, sample(7)[1]
+
+
+def test_segmentation_loss_adds_the_weighted_terms():
+    outputs, labels = pg_sam_outputs()
+    steps = outputs["step_logits"]
+    plain = SegmentationLoss(0.7)
+    total, parts = SegmentationLoss(0.7, alignment_weight=0.3, deep_weight=0.4)(outputs, labels)
+    assert set(parts) == {"ce", "dice", "alignment", "deep"}
+    torch.testing.assert_close(parts["alignment"], alignment_loss(outputs["alignment_logits"], labels).detach())
+    earlier = [0.3 * functional.cross_entropy(step, labels) + 0.7 * dice_loss(step, labels) for step in steps[:-1]]
+    torch.testing.assert_close(parts["deep"], (sum(earlier) / 3).detach())
+    torch.testing.assert_close(parts["ce"], functional.cross_entropy(steps[-1], labels).detach())
+    torch.testing.assert_close(total, plain(outputs, labels)[0] + 0.3 * parts["alignment"] + 0.4 * parts["deep"])
+    assert not any(part.requires_grad for part in parts.values())
+    total.backward()
+    for tensor in (*steps, outputs["alignment_logits"]):
+        assert tensor.grad.abs().max() > 0
+
+
+def test_segmentation_loss_without_weight_or_output_leaves_the_terms_out():
+    outputs, labels = pg_sam_outputs()
+    expected, _ = SegmentationLoss(0.7)({"low_res_logits": outputs["low_res_logits"]}, labels)
+    weighted = SegmentationLoss(0.7, alignment_weight=0.3, deep_weight=0.4)
+    for loss, given in ((SegmentationLoss(0.7), outputs), (weighted, {"low_res_logits": outputs["low_res_logits"]})):
+        total, parts = loss(given, labels)
+        assert set(parts) == {"ce", "dice"}
+        assert torch.equal(total, expected)
+    assert set(SegmentationLoss(alignment_weight=1)(outputs, labels)[1]) == {"ce", "dice", "alignment"}
+    assert set(SegmentationLoss(deep_weight=1)(outputs, labels)[1]) == {"ce", "dice", "deep"}
+
+
+@pytest.mark.parametrize("name", ["alignment_weight", "deep_weight"])
+def test_segmentation_loss_refuses_negative_weights(name):
+    with pytest.raises(ValueError, match="must not be negative"):
+        SegmentationLoss(**{name: -0.1})
