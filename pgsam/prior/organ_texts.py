@@ -45,6 +45,11 @@ def gather_wordings(source: Mapping[str, str] | str | Path | None, class_names: 
     bank = builtin if source is None else read_organ_reports(source, (*class_names, *builtin.organs))
     known = {name: normalise_name(name) for name in class_names if normalise_name(name) in bank.organs}
     missing = [name for name in class_names if name not in known]
+    if not known:
+        raise UserError(
+            f"{bank.source}: expected a report of at least one class, found none of {', '.join(class_names)}; write them (--reports FILE.json, see "
+            "scripts/generate_reports.py), or leave the text out (--aligner none with learned class tokens)"
+        )
     if missing and not allow_missing:
         raise UserError(
             f"{bank.source}: expected a report of every class, found none of {', '.join(missing)}; write them (--reports FILE.json, see "
@@ -53,8 +58,6 @@ def gather_wordings(source: Mapping[str, str] | str | Path | None, class_names: 
     texts, wordings = {}, {}
     for name, organ in known.items():
         wordings[name] = bank.training(organ)
-        if not wordings[name]:
-            raise UserError(f"{bank.source}: expected a wording of {organ} to train with, found all of them held out; take one off held_out")
         texts[name] = wordings[name][0]
     return OrganWordings(texts, wordings, bank.saw_labels)
 

@@ -1,7 +1,7 @@
 """SAMed's augmentation has the published probabilities and is scipy's and numpy's geometry; the affine one and H-SAM's keep sides."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -146,7 +146,7 @@ class Draw:
     @property
     def side(self) -> float:
         """Of the window, as a share of the slice's."""
-        return float(np.sqrt(np.linalg.det(self.matrix)))
+        return float(np.sqrt(abs(np.linalg.det(self.matrix))))
 
     @property
     def degrees(self) -> float:
@@ -161,8 +161,8 @@ def hsam_draws() -> list[Draw]:
         inside = ~np.isnan(found).any(axis=0)
         ones = np.concatenate([GRID, np.ones_like(GRID[:1])])[:, inside]  # (3, N)
         solution = np.linalg.lstsq(ones.T, found[:, inside].T, rcond=None)[0]  # (3, 2)
-        rest = np.abs(found[:, inside] - solution.T @ ones).max()
-        draws.append(Draw(solution[:2].T, solution[2], rest / np.sqrt(np.linalg.det(solution[:2])), bool(inside.all())))
+        draw = Draw(solution[:2].T, solution[2], np.abs(found[:, inside] - solution.T @ ones).max(), bool(inside.all()))
+        draws.append(replace(draw, rest=draw.rest / draw.side))
     return draws
 
 
@@ -267,6 +267,7 @@ def test_hsam_keeps_sides_and_enlarges_by_the_window(hsam_draws: list[Draw]) -> 
     label[rows**2 + (columns - 12) ** 2 < 6**2] = 2
     area, ratios, seen = (label == 1).sum(), [], 0
     for seed, draw in enumerate(hsam_draws):
+        assert np.linalg.det(draw.matrix) > 0
         moved = hsam_augmentation(label.astype(np.float32), label, np.random.default_rng(seed))[1]
         border = np.concatenate([moved[0], moved[-1], moved[:, 0], moved[:, -1]])
         if (moved == 1).any() and (moved == 2).any():

@@ -1,5 +1,7 @@
 """MLFF: equation 4 from torch's functions, the deformable alignment against shifts and interpolation, and its start at zero."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,9 +40,10 @@ def test_the_result_has_sams_mask_embedding_shape(guided: bool, height: int, wid
 @torch.no_grad()
 def test_equation_4_with_real_levels_and_the_image() -> None:
     """Two stages of GELU(LN(DeConv 2x2)); LN is over channels, at every place by itself (the released code's is over space, too)."""
-    built, (tokens, levels, images, guide) = fusion(guided=False), inputs()
+    built: Any = fusion(guided=False)
+    tokens, levels, images, guide = inputs()
 
-    def norm(x: Tensor, layer: nn.Module) -> Tensor:
+    def norm(x: Tensor, layer: Any) -> Tensor:
         mean, var = x.mean(dim=1, keepdim=True), x.var(dim=1, unbiased=False, keepdim=True)
         return (x - mean) / (var + 1e-6).sqrt() * layer.weight[:, None, None] + layer.bias[:, None, None]
 
@@ -48,15 +51,15 @@ def test_equation_4_with_real_levels_and_the_image() -> None:
         for name, parameter in built.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
-    skips = sum(torch.einsum("bchw,dc->bdhw", level, project.weight[:, :, 0, 0]) for level, project in zip(levels, built.levels, strict=True))
-    x = tokens + norm(skips, built.level_norm)
+    skips = [torch.einsum("bchw,dc->bdhw", level, project.weight[:, :, 0, 0]) for level, project in zip(levels, built.levels, strict=True)]
+    x = tokens + norm(skips[0] + skips[1], built.level_norm)
     for stage in (built.up1, built.up2):
         x = F.gelu(norm(F.conv_transpose2d(x, stage[0].weight, stage[0].bias, stride=2), stage[1]))
     seen = F.gelu(norm(F.conv2d(images, built.stem[0].weight, built.stem[0].bias, stride=4, padding=3), built.stem[1]))
     mixed = F.gelu(norm(F.conv2d(torch.cat([x, seen], dim=1), built.mix[0].weight, built.mix[0].bias, padding=1), built.mix[1]))
     expected = torch.einsum("bchw,dc->bdhw", mixed, built.phi.weight[:, :, 0, 0]) + built.phi.bias[:, None, None]
     torch.testing.assert_close(built(tokens, levels, images, None), expected, rtol=0, atol=1e-5)
-    guided = fusion()
+    guided: Any = fusion()
     guided.load_state_dict(built.state_dict(), strict=False)
     with_guide = guided(tokens, levels, images, guide)  # equation 5
     torch.testing.assert_close(with_guide, expected + guided.align(guide, expected), rtol=0, atol=1e-5)
@@ -97,7 +100,7 @@ def test_a_missing_guide_or_level_is_refused() -> None:
 # --- deformable alignment -----------------------------------------------------------------------------------------------------------------
 
 
-def align() -> DeformableAlign:
+def align() -> Any:
     torch.manual_seed(0)
     return DeformableAlign(DIM, 4)
 

@@ -100,7 +100,8 @@ def test_guide_and_logits_are_the_formula_of_the_docstring(slice_text: bool) -> 
     assert found.guide.shape == embedding.shape
     assert found.logits is not None
     assert found.logits.shape == (BATCH, ORGANS + 1, HEIGHT, WIDTH)
-    said = [built.text[1].weight @ (layer_norm(r) * built.text[0].weight + built.text[0].bias) + built.text[1].bias for r in reports]
+    norm, linear = built.text
+    said = [F.linear(layer_norm(r) * norm.get_parameter("weight") + norm.get_parameter("bias"), *linear.parameters()) for r in reports]
     for b in range(BATCH):
         queries = {(y, x): unit(built.query.weight @ layer_norm(embedding[b, :, y, x])) for y, x in locations(embedding)}
         for y, x in locations(embedding):

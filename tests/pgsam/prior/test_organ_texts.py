@@ -132,6 +132,7 @@ def test_organs_without_a_report_share_the_null_vector(mode: bool) -> None:
     torch.testing.assert_close(found[2], built.null)
     torch.testing.assert_close(built.centre, wordings()[0].mean(dim=0))  # the organs without one do not count
     found[0].sum().backward(retain_graph=True)
+    assert built.null.grad is not None
     assert not built.null.grad.any()
     found[1:].sum().backward()
     torch.testing.assert_close(built.null.grad, torch.full((DIM,), 2.0))
