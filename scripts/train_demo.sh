@@ -8,24 +8,13 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/setup_env.sh" requirements.txt
+source "$here/phantom_data.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the model is tiny: threads slow it down
-root=$checkout
-work=${1:-$root/runs/demo}
-mkdir -p "$work"
-
-train_cases=$(seq 101 164)
-test_cases=$(seq 1 8)
-"$PYTHON" "$root/datasets/phantom.py" --output "$work/raw" --shape 40 224 224 --cases $train_cases $test_cases
-{
-    echo "case,image,label,split"
-    for case in $train_cases; do printf 'phantom%04d,raw/Training/img/img%04d.nii.gz,raw/Training/label/label%04d.nii.gz,train\n' "$case" "$case" "$case"; done
-    for case in $test_cases; do printf 'phantom%04d,raw/Training/img/img%04d.nii.gz,raw/Training/label/label%04d.nii.gz,test\n' "$case" "$case" "$case"; done
-} >"$work/pairs.csv"
-"$PYTHON" "$root/preprocess/nifti.py" --pairs "$work/pairs.csv" --output "$work/data" --label_map synapse8
-
+work=${1:-$checkout/runs/demo}
+make_phantom_data "$work" "40 224 224" "$(seq 101 164)" "$(seq 1 8)"
 # No augmentation: a phantom is never mirrored, and there are as many as one likes.
-"$PYTHON" "$root/train.py" --root_path "$work/data" --output "$work/run" --module pg_sam --class_tokens text --vit_name vit_tiny --ckpt none \
+"$PYTHON" "$checkout/train.py" --root_path "$work/data" --output "$work/run" --module pg_sam --class_tokens text --vit_name vit_tiny --ckpt none \
     --tune full --img_size 224 --augment none --base_lr 0.001 --weight_decay 0.05 --batch_size 16 --max_epochs 7
-"$PYTHON" "$root/test.py" --checkpoint "$work/run/final.safetensors" --volume_path "$work/data" --output_dir "$work/test"
-cp "$work/run/final.safetensors" "$root/checkpoints/demo.safetensors"
-"$PYTHON" "$here/pack_case.py" "$work/data/test_vol_h5/phantom0001.npy.h5" "$root/checkpoints/demo_case.npy.h5"
+"$PYTHON" "$checkout/test.py" --checkpoint "$work/run/final.safetensors" --volume_path "$work/data" --output_dir "$work/test"
+cp "$work/run/final.safetensors" "$checkout/checkpoints/demo.safetensors"
+"$PYTHON" "$here/pack_case.py" "$work/data/test_vol_h5/phantom0001.npy.h5" "$checkout/checkpoints/demo_case.npy.h5"
