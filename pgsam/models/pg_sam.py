@@ -22,7 +22,7 @@ from pgsam.decoding.refiner import IterativeMaskRefiner
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.prior.aligner import ALIGNERS
-from pgsam.prior.organ_texts import NO_REPORTS, OrganTexts, encoder_identity, gather_wordings
+from pgsam.prior.organ_texts import NO_REPORTS, OrganTexts, encoder_identity, gather_wordings, read_distinct
 from pgsam.prior.reports import normalise_name, read_organ_reports
 from pgsam.prior.text_encoder import BUILTIN_ENCODER, TextEncoder, embed_texts, load_text_encoder
 from pgsam.sam.build import build_image_encoder, build_mask_decoder, build_prompt_encoder, vit_sizes
@@ -153,9 +153,9 @@ class PGSam(SliceModel):
         if not isinstance(text, Tensor):
             if self.texts is None or self.texts.encoder is None:
                 raise ValueError("texts must come as embeddings (B, D), since this model has no text encoder of its own")
-            distinct = sorted(set(text) - {""})
-            vectors = [self.null_text[None], *([self.texts.encoder(distinct)] if distinct else [])]
-            return torch.cat(vectors)[[distinct.index(t) + 1 if t else 0 for t in text]]
+            told = [t for t in text if t]
+            vectors = iter(read_distinct(self.texts.encoder, told)) if told else iter(())
+            return torch.stack([next(vectors) if t else self.null_text for t in text])
         absent = text.isnan().any(dim=1, keepdim=True)
         return torch.where(absent, self.null_text, text.nan_to_num())
 

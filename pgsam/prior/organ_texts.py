@@ -69,6 +69,12 @@ def encoder_identity(encoder: str | TextEncoder) -> str:
     return builtin_embeddings().identity if encoder == BUILTIN_ENCODER else load_text_encoder(encoder).identity
 
 
+def read_distinct(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
+    """The vectors of `texts`, `(N, D)`; a text that stands there twice is read once."""
+    distinct = list(dict.fromkeys(texts))
+    return encoder(distinct)[[distinct.index(text) for text in texts]]
+
+
 class OrganTexts(nn.Module):
     """The vectors of the organs' reports, `() -> (K, D)`.
 
@@ -145,9 +151,10 @@ class OrganTexts(nn.Module):
     def _read(self) -> Tensor:
         encoder = cast(TextEncoder, self.encoder)
         if self.training:
-            return encoder([texts[int(torch.randint(len(texts), ()))] for texts in self._texts])
+            return read_distinct(encoder, [texts[int(torch.randint(len(texts), ()))] for texts in self._texts])
         if self._encoded is None:
-            self._encoded = encoder([texts[0] for texts in self._texts]).detach()
+            with torch.inference_mode(False), torch.no_grad():  # what is kept is an ordinary tensor, whatever mode the caller is in
+                self._encoded = read_distinct(encoder, [texts[0] for texts in self._texts])
         return self._encoded
 
     def train(self, mode: bool = True) -> "OrganTexts":
