@@ -33,7 +33,11 @@ def build_parser() -> Parser:
     add("-i", "--input", type=Path, help="scan, .nii or .nii.gz (default: the bundled phantom)")
     add("-o", "--output", type=Path, default=Path("demo_output"), help="folder of the results (default %(default)s)")
     add_model_flags(parser, checkpoint=DEMO_CHECKPOINT)
-    add("--similarity", action="store_true", help="also a picture of how like each organ's report each place is (PG-SAM with an aligner)")
+    add(
+        "--similarity",
+        action="store_true",
+        help="also a picture of how like each organ's report each place is (PG-SAM with an aligner; always for the bundled case)",
+    )
     return parser
 
 
@@ -48,36 +52,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"{args.output}: expected a folder for the results, found a file; give another -o")
     if args.input is None:
-        if args.slice_reports is not None or args.text_dir is not None:
-            raise UserError("--slice_reports, --text_dir: give the scan they are about with -i")
-        run_bundled_case(open_model(args, pick_device(args.device)), args)
+        model = open_model(args, pick_device(args.device))
+        refuse_similarity(args, model)
+        run_bundled_case(model, args)
     else:
         from pgsam.volume_io import read_volume
 
         scan = read_volume(args.input)
         model = open_model(args, pick_device(args.device))
-        if args.similarity and getattr(model, "aligner", None) is None:
-            raise UserError(f"--similarity: {args.checkpoint} has no aligner, so there are no similarity maps; leave it out")
+        refuse_similarity(args, model)
         segment_file(model, scan, args)
     return 0
+
+
+def refuse_similarity(args: argparse.Namespace, model) -> None:
+    """Raises a UserError if `--similarity` is given for a model that has none to show."""
+    if args.similarity and getattr(model, "aligner", None) is None:
+        raise UserError(f"--similarity: {args.checkpoint} has no aligner, so there are no similarity maps; leave it out")
 
 
 def run_bundled_case(model, args: argparse.Namespace) -> None:
     """Segments the bundled phantom, prints its scores, writes a picture and the prediction."""
     from datasets.volumes import read_case
     from pgsam.engine.evaluate import save_case_picture, save_similarity_picture, segment_case
+    from pgsam.engine.text_flags import notes_on_texts, open_slice_texts
     from pgsam.metrics import class_metrics, format_table, summarise
     from pgsam.volume_io import write_volume
 
     card = model.card
     case = read_case(DEMO_CASE, "demo_case", card.num_classes)
     started = time.perf_counter()
-    labels = segment_case(model, card, case, DEMO_CASE, args.batch_size)
+    reader = open_slice_texts(args, model)
+    labels = segment_case(model, card, case, DEMO_CASE, args.batch_size, reader)
     seconds = time.perf_counter() - started
     raw = class_metrics(labels, case.label, card.num_classes, case.spacing_mm)
     table = {"demo_case": {name: raw[i + 1] for i, name in enumerate(card.class_names)}}
     print(format_table(summarise(table, card.class_names, "strict"), "strict"))
     print(f"{len(case.image)} slices in {seconds:.1f} s; a procedural phantom, not a patient")
+    for note in notes_on_texts(card, reader):
+        print(note)
     args.output.mkdir(parents=True, exist_ok=True)
     maps = [("reference", case.label), ("prediction", labels)]
     save_case_picture(args.output / "demo_case.png", case.image, maps, card, case.orientation or card.orientation, case.spacing_mm)

@@ -11,7 +11,7 @@ test_log/log.txt, overlays/ and, with --is_savenii, predictions/*.nii.gz on the 
 import sys
 from collections.abc import Sequence
 
-from pgsam.errors import Parser, UserError, reports_user_errors
+from pgsam.errors import Parser, reports_user_errors
 
 
 def build_parser() -> Parser:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from datasets.layout import find_data
     from datasets.volumes import case_path, check_case_header
     from pgsam.engine.device import environment, pick_device
-    from pgsam.engine.evaluate import evaluate
+    from pgsam.engine.evaluate import evaluate, refuse_overlap
     from pgsam.engine.flags import check_model_flags, jsonable, open_model, parse, refuse_torchrun, require_at_least
     from pgsam.engine.text_flags import open_slice_texts
     from pgsam.engine.train import seed_everything
@@ -69,19 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         run={**environment(device), "world_size": 1},
     )
     return 0
-
-
-def refuse_overlap(card, folder, allowed: bool) -> None:
-    """Raises a UserError if the checkpoint is known to have seen a patient of the test list; says so if that is not known."""
-    if card.training_patients is None:
-        print("NOTE: the checkpoint does not say which patients it was trained on; overlap with the test list cannot be checked")
-        return
-    both = sorted(set(card.training_patients) & set(folder.patients()))
-    if both and not allowed:
-        raise UserError(
-            f"{folder.list_file}: {len(both)} of the test patients were in the training data ({', '.join(both[:5])}); "
-            "correct the split, or give --allow_overlap"
-        )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # Flags that only a module with text knows: name in args -> its default there.
 PRIOR_FLAGS = {"class_tokens": "learned", "aligner": "gated", "fusion": "gated", "refine_steps": 3, "alignment_weight": 0.5, "deep_weight": 0.5}
-TEXT_FLAGS = ("reports", "text_encoder", "text_lora", "slice_reports", "text_dir", "text_list", "allow_missing_text")
+TEXT_FLAGS = ("reports", "text_encoder", "text_lora", "slice_reports", "text_dir", "text_list", "text_saw_labels", "allow_missing_text")
 
 
 def build_parser() -> Parser:
@@ -149,6 +149,12 @@ def resolve(args: argparse.Namespace) -> None:
         raise UserError(f"--tune full: trains every parameter, which leaves nothing of --module {args.module}; use sam_lora_image_encoder")
 
 
+def is_given(args: argparse.Namespace, name: str) -> bool:
+    """Whether a flag without a default stands on the command line, be its value 0."""
+    value = getattr(args, name)
+    return value is not None and value is not False
+
+
 def resolve_text(args: argparse.Namespace) -> None:
     """The part of `resolve` that is about reports and what reads them."""
     from pgsam.engine.flags import require_at_least
@@ -156,7 +162,7 @@ def resolve_text(args: argparse.Namespace) -> None:
     from pgsam.prior.text_encoder import BUILTIN_ENCODER
 
     if args.module not in READS_TEXT:
-        foreign = [f"--{name}" for name in (*PRIOR_FLAGS, *TEXT_FLAGS) if getattr(args, name) not in (None, False)]
+        foreign = [f"--{name}" for name in (*PRIOR_FLAGS, *TEXT_FLAGS) if is_given(args, name)]
         if foreign:
             raise UserError(f"{', '.join(foreign)}: --module {args.module} has no such part; leave it out, or use --module {READS_TEXT[0]}")
         return
@@ -174,7 +180,7 @@ def resolve_text(args: argparse.Namespace) -> None:
     if args.class_tokens == "text" and args.reports == "none":
         raise UserError("--reports none: with --class_tokens text a class is its report; use --class_tokens learned")
     reads = args.class_tokens == "text" or args.aligner != "none"
-    unread = [f"--{name}" for name in TEXT_FLAGS if getattr(args, name) not in (None, False)]
+    unread = [f"--{name}" for name in TEXT_FLAGS if is_given(args, name)]
     if unread and not reads:
         raise UserError(f"{', '.join(unread)}: nothing reads it with --aligner none and learned class tokens; leave it out")
     if args.aligner == "none" and (args.slice_reports is not None or args.text_dir is not None):
@@ -324,6 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.log(f"reports on {len(model.told.reports)} of {len(names)} organs, read by {model.told.encoder}")
     if reader is not None:
         run.log(reader.summary())
+    if store is not None and store.saw_labels:
+        run.log("NOTE: some reports were made from labels; a model that is tested without such has learned to lean on what it will not get")
     train(model, dataset, recipe, run, card, device)
     return 0
 

@@ -3,14 +3,15 @@
     python scripts/ablate.py --root_path data/phantoms --output ablation --seeds 0 1 2 -- --vit_name vit_tiny --ckpt none --tune full --max_epochs 4
     python scripts/ablate.py --root_path data/Synapse --output ablation --jobs 1                                  # vit_b, the published recipe
 
-What follows `--` goes to train.py, the same for every row: equal data, steps and settings. Trained rows: `none` (SAMed in PG-SAM's recipe), `+FGMPA`,
-`+MLFF`, `+IMO` (all parts, learned class tokens), `no reports` (the same, every organ told the empty text), `text tokens` (all parts, class tokens
-made from the reports). Rows at test time, on the models of `+IMO` and `text tokens`: `right` (as trained), `held-out wording` (one row for each),
-`deranged` (every organ gets the next one's report) and `empty`.
+What follows `--` goes to train.py, the same for every row: equal data, steps and settings. Trained rows: `none` (SAMed in PG-SAM's recipe), `+FGMPA`
+(with its alignment loss), `+MLFF` (with its image stem), `+IMO` (with deep supervision: all parts, learned class tokens), `no reports` (the same,
+every organ told the empty text), `text tokens` (all parts, class tokens made from the reports). Rows at test time, on the models of `+IMO` and
+`text tokens`: `right` (as trained), `held-out` (a row for each such wording), `deranged` (every organ gets the next one's report) and `empty` (the
+empty text, which these models never saw).
 
 Every run lies in OUTPUT/runs/<row>-seed<seed>, every test in OUTPUT/tests; what is complete there is not done again, so the same command resumes,
-run by run. OUTPUT gets ablation.csv (a line a test), ablation.txt (the table: mean and standard deviation over seeds, strict protocol) and
-ablation.png.
+run by run (one process at a time; `--jobs` trains several). OUTPUT gets ablation.csv (a line a test), ablation.txt (the table: mean and standard
+deviation over seeds, strict protocol) and ablation.png.
 """
 
 import argparse
@@ -25,12 +26,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pgsam.errors import Parser, UserError, reports_user_errors
+
+if TYPE_CHECKING:
+    from pgsam.prior.reports import OrganReports
 
 ROOT = Path(__file__).resolve().parents[1]
 OFF = {"aligner": "none", "fusion": "none", "refine_steps": "0"}
@@ -44,6 +48,7 @@ ROWS: dict[str, dict[str, str]] = {
 }
 RETOLD = ("+IMO", "text tokens")  # rows whose models are tested with other reports too
 RIGHT, DERANGED, EMPTY = "right", "deranged", "empty"
+UNTOLD = {"none": "-", "no reports": "empty text"}  # what the column `reports` says of rows that are not told any
 METRICS = ("dsc", "hd95_mm", "hd95_mm_penalised")
 
 
@@ -72,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--root_path", type=Path, required=True, help="prepared data: train_npz to train on, test_vol_h5 to test on")
     add("--output", type=Path, required=True, help="folder of runs, tests and tables; may hold some of them already")
+    add("--reports", type=Path, help="organ reports, for classes that the built-in ones do not know")
     add("--test_list_dir", type=Path, help="folder of another test_vol.txt (default: the data's own)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default 0 1 2)")
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="trained rows (default: all)")
@@ -86,15 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     args, training = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
     check(args, training)
-    from pgsam.prior.reports import builtin_reports
-
-    told = [RIGHT, *(f"held-out: {name}" for name in builtin_reports().held_out), DERANGED, EMPTY]
+    bank = read_bank(args)
+    told = [RIGHT, *(f"held-out: {name}" for name in bank.held_out), DERANGED, EMPTY]
     tests = [Test(row, seed, reports) for seed in args.seeds for row in args.rows for reports in (told if row in RETOLD else [RIGHT])]
-    settle_command(args.output, training)
+    settle(args, training)
     runs = {test.run: test for test in tests if test.reports == RIGHT}
     with ThreadPoolExecutor(args.jobs) as pool:
-        for done in [pool.submit(train_row, test, args, training) for test in runs.values()]:
-            done.result()
+        waiting = [pool.submit(train_row, test, args, training) for test in runs.values()]
+        try:
+            for done in waiting:
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what has not begun does not begin
+            raise
     lines = [read_or_test(test, args) for test in tests]
     write_tables(lines, args.output)
     return 0
@@ -103,9 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Raises a UserError for flags that cannot be, before anything runs."""
     taken = {"--root_path", "--output", "--seed", "--module", "--reports", "--class_tokens", *(f"--{name}" for name in OFF)}
-    both = [flag for flag in training if flag.split("=")[0] in taken]
+    partial = {"--slice_reports", "--text_dir", "--alignment_weight", "--deep_weight"}  # not every row has the part that reads them
+    both = [flag for flag in training if flag.split("=")[0] in taken | partial]
     if both:
-        raise UserError(f"{', '.join(both)}: set by each row of the ablation; leave it out behind --")
+        raise UserError(f"{', '.join(both)}: set by each row of the ablation, or not known to each; leave it out behind --")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: expected at least 1")
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
@@ -114,13 +125,40 @@ def check(args: argparse.Namespace, training: Sequence[str]) -> None:
         raise UserError(f"{args.root_path}: expected a prepared folder, found none; see preprocess/")
 
 
-def settle_command(output: Path, training: Sequence[str]) -> None:
-    """Notes how the rows are trained; a UserError if the folder holds runs that were trained otherwise."""
-    output.mkdir(parents=True, exist_ok=True)
-    path, wanted = output / "training_flags.json", list(training)
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != wanted:
-        raise UserError(f"{path}: the runs in this folder were trained with other flags; give the same ones, or another --output")
-    path.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+def read_bank(args: argparse.Namespace) -> "OrganReports":
+    """The organ reports in all their wordings."""
+    from pgsam.prior.reports import builtin_reports, read_organ_reports
+
+    return builtin_reports() if args.reports is None else read_organ_reports(args.reports)
+
+
+def settle(args: argparse.Namespace, training: Sequence[str]) -> None:
+    """Notes what the rows are trained and tested on and how; a UserError if the folder holds runs or tests of something else."""
+    from datasets.layout import find_data
+    from pgsam.sam.weights import sha256_of
+    from pgsam.volume_io import replacing
+
+    lists = {
+        "training list": find_data(args.root_path, "train_npz", "train.txt").list_file,
+        "test list": find_data(args.root_path, "test_vol_h5", "test_vol.txt", list_dir=args.test_list_dir).list_file,
+    }
+    wanted = {"flags behind --": list(training), "--root_path": str(args.root_path.resolve())}
+    wanted |= {name: sha256_of(path) for name, path in lists.items()}
+    wanted["--reports"] = sha256_of(args.reports) if args.reports is not None else None
+    path = args.output / "settings.json"
+    if path.is_file():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(
+                f"{path}: expected the settings of the runs in this folder, found damaged JSON ({error}); give another --output"
+            ) from error
+        other = [name for name, value in wanted.items() if known.get(name) != value]
+        if other:
+            raise UserError(f"{path}: the runs in this folder have other settings ({', '.join(other)}); give the same ones, or another --output")
+    args.output.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
 
 
 def train_row(test: Test, args: argparse.Namespace, training: Sequence[str]) -> None:
@@ -128,9 +166,13 @@ def train_row(test: Test, args: argparse.Namespace, training: Sequence[str]) -> 
     folder = args.output / "runs" / test.run
     if (folder / "final.safetensors").is_file():
         return
-    shutil.rmtree(folder, ignore_errors=True)
+    for stale in (folder, *(args.output / "tests").glob(f"{test.run}-*")):
+        shutil.rmtree(stale, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    flags = [item for name, value in ROWS[test.row].items() for item in (f"--{name}", value)]
+    settings = dict(ROWS[test.row])
+    if args.reports is not None and test.row != "none":
+        settings.setdefault("reports", str(args.reports))
+    flags = [item for name, value in settings.items() for item in (f"--{name}", value)]
     command = [sys.executable, str(ROOT / "train.py"), "--root_path", str(args.root_path), "--output", str(folder), "--seed", str(test.seed)]
     print(f"training {test.run}", flush=True)
     done = subprocess.run([*command, *flags, *training], capture_output=True, text=True, check=False)
@@ -149,7 +191,8 @@ def read_or_test(test: Test, args: argparse.Namespace) -> dict[str, Any]:
     config = json.loads((args.output / "runs" / test.run / "config.json").read_text(encoding="utf-8"))
     with (args.output / "runs" / test.run / "history.csv").open(newline="", encoding="utf-8") as file:
         minutes = sum(float(row["seconds"]) for row in csv.DictReader(file)) / 60
-    line: dict[str, Any] = {"row": test.row, "reports": test.reports, "seed": test.seed, "parameters": config["trainable_parameters"]}
+    told = UNTOLD.get(test.row, test.reports)
+    line: dict[str, Any] = {"row": test.row, "reports": told, "seed": test.seed, "parameters": config["trainable_parameters"]}
     line["training_minutes"] = round(minutes, 2)
     line |= {metric: strict["mean"][metric]["mean"] for metric in METRICS}
     line |= {f"dsc {organ}": cells["dsc"]["mean"] for organ, cells in strict["organs"].items()}
@@ -161,32 +204,31 @@ def evaluate_test(test: Test, args: argparse.Namespace, folder: Path) -> None:
     from datasets.layout import find_data
     from pgsam.engine.checkpoint import load_model, read_card
     from pgsam.engine.device import pick_device
-    from pgsam.engine.evaluate import evaluate
+    from pgsam.engine.evaluate import evaluate, refuse_overlap
     from pgsam.engine.flags import resolve_ckpt
 
     path = args.output / "runs" / test.run / "final.safetensors"
     card = read_card(path)
     flags = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["flags"]
     ckpt = resolve_ckpt(flags["ckpt"], card.vit_name) if card.sam_sha256 else None
-    reports = retell(test.reports, card.class_names)
+    reports = retell(test.reports, card.class_names, read_bank(args))
     model = load_model(path, ckpt=ckpt, device=str(pick_device(flags["device"])), reports=reports, verbose=False)
     volumes = find_data(args.root_path, "test_vol_h5", "test_vol.txt", list_dir=args.test_list_dir)
+    refuse_overlap(card, volumes, False)
     print(f"testing {test.folder}", flush=True)
     evaluate(model, model.card, volumes, folder, settings={"ablation": {"row": test.row, "seed": test.seed, "reports": test.reports}})
 
 
-def retell(told: str, class_names: Sequence[str]) -> dict[str, str] | str | None:
+def retell(told: str, class_names: Sequence[str], bank: "OrganReports") -> dict[str, str] | str | None:
     """The reports of a row at test time, as `load_model` takes them."""
     from pgsam.prior.organ_texts import NO_REPORTS
-    from pgsam.prior.reports import builtin_reports
 
     if told == RIGHT:
         return None
     if told == EMPTY:
         return NO_REPORTS
-    bank = builtin_reports()
     if told == DERANGED:
-        return {name: bank.text(class_names[(i + 1) % len(class_names)]) for i, name in enumerate(class_names)}
+        return {name: bank.training(class_names[(i + 1) % len(class_names)])[0] for i, name in enumerate(class_names)}
     return {name: bank.text(name, told.removeprefix("held-out: ")) for name in class_names}
 
 
@@ -223,13 +265,22 @@ def format_groups(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
     """The table: trained rows first, then what other reports do to the same models."""
     head = f"{'row':14s} {'reports':20s} {'seeds':>5s} {'DSC':>16s} {'HD95, mm':>16s} {'penalised':>16s} {'trainable':>11s} {'minutes':>8s}"
     body = ["protocol: strict; mean ± standard deviation over seeds of the mean over organs; DSC in points of 100", head]
-    ordered = sorted(groups.items(), key=lambda item: item[0][1] != RIGHT)
-    for (row, reports), members in ordered:
+    for (row, reports), members in as_trained_first(groups):
         cells = [spread([m[metric] for m in members], 100.0 if metric == "dsc" else 1.0) for metric in METRICS]
         minutes = statistics.mean(m["training_minutes"] for m in members)
-        cost = f"{members[0]['parameters']:>11,} {minutes:>8.1f}" if reports == RIGHT else ""
+        cost = f"{members[0]['parameters']:>11,} {minutes:>8.1f}" if is_as_trained(row, reports) else ""
         body.append(f"{row:14s} {reports:20s} {len(members):>5d} " + " ".join(f"{cell:>16s}" for cell in cells) + f" {cost}")
     return "\n".join(line.rstrip() for line in body)
+
+
+def is_as_trained(row: str, reports: str) -> bool:
+    """Whether a group of lines is a trained row, and not what other reports do to it."""
+    return reports == UNTOLD.get(row, RIGHT)
+
+
+def as_trained_first(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> list[tuple[tuple[str, str], list[dict[str, Any]]]]:
+    """The groups in the order of the table."""
+    return sorted(groups.items(), key=lambda item: not is_as_trained(*item[0]))
 
 
 def draw(groups: dict[tuple[str, str], list[dict[str, Any]]], path: Path) -> None:
@@ -238,13 +289,13 @@ def draw(groups: dict[tuple[str, str], list[dict[str, Any]]], path: Path) -> Non
 
     from pgsam.overlay import save_png
 
-    ordered = sorted(groups.items(), key=lambda item: item[0][1] != RIGHT)
+    ordered = as_trained_first(groups)
     margin, panel, gap, line = 290, 380, 60, 30
     canvas = Image.new("RGB", (margin + 2 * panel + gap + 40, 90 + line * len(ordered)), (255, 255, 255))
     pen, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(size=15), ImageFont.load_default(size=13)
     for i, ((row, reports), _) in enumerate(ordered):
-        pen.text((12, 58 + i * line), row if reports == RIGHT else f"{row}, {reports}", fill=(20, 20, 20), font=font)
-    for p, (metric, title, scale) in enumerate((("dsc", "DSC, points of 100", 100.0), ("hd95_mm", "HD95, mm", 1.0))):
+        pen.text((12, 58 + i * line), row if is_as_trained(row, reports) else f"{row}, {reports}", fill=(20, 20, 20), font=font)
+    for p, (metric, title, scale) in enumerate((("dsc", "DSC, points of 100", 100.0), ("hd95_mm_penalised", "HD95, mm, penalised", 1.0))):
         known = [m[metric] * scale for members in groups.values() for m in members if m[metric] is not None]
         left = margin + p * (panel + gap)
         pen.text((left, 14), title, fill=(20, 20, 20), font=font)
@@ -254,14 +305,14 @@ def draw(groups: dict[tuple[str, str], list[dict[str, Any]]], path: Path) -> Non
             value, x = low + t / 4 * (high - low), left + t / 4 * panel
             pen.line((x, 50, x, 56 + line * len(ordered)), fill=(225, 225, 225))
             pen.text((x - 14, 34), f"{value:.1f}", fill=(90, 90, 90), font=small)
-        for i, ((_, reports), members) in enumerate(ordered):
+        for i, ((row, reports), members) in enumerate(ordered):
             values, y = [m[metric] * scale for m in members if m[metric] is not None], 67 + i * line
             at = [left + (value - low) / (high - low) * panel for value in values]
             for x in at:
                 pen.ellipse((x - 4, y - 4, x + 4, y + 4), outline=(30, 90, 200), fill=(150, 185, 245))
             if at:
                 x = statistics.mean(at)
-                pen.rectangle((x - 1.5, y - 10, x + 1.5, y + 10), fill=(200, 40, 40) if reports == RIGHT else (120, 120, 120))
+                pen.rectangle((x - 1.5, y - 10, x + 1.5, y + 10), fill=(200, 40, 40) if is_as_trained(row, reports) else (120, 120, 120))
     save_png(canvas, path)
 
 

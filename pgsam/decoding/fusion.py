@@ -59,8 +59,8 @@ class DeformableAlign(nn.Module):
 
     Projection (psi), bilinear up-sampling (which commutes with it), and a depth-wise deformable convolution whose offsets come from features and
     guide. It works at half the masks' resolution, twice the guide's own: finer, there is nothing more to align, at four times the cost. It
-    starts as the up-sampled guide exactly: offsets zero, kernel a unit impulse. torchvision's backward pass adds atomically on CUDA, so two runs
-    there may differ in the last bits.
+    starts as the guide, up-sampled by two twice: offsets zero, kernel a unit impulse. torchvision's backward pass adds atomically on CUDA, so two
+    runs there may differ in the last bits.
 
     Shape: guide `(B, C, h, w)`, features `(B, out, H, W)` with even H and W -> `(B, out, H, W)`.
     """

@@ -130,6 +130,19 @@ def evaluate(
     return results
 
 
+def refuse_overlap(card: ModelCard, folder: DataFolder, allowed: bool) -> None:
+    """Raises a UserError if the checkpoint is known to have seen a patient of the test list; says so if that is not known."""
+    if card.training_patients is None:
+        print("NOTE: the checkpoint does not say which patients it was trained on; overlap with the test list cannot be checked")
+        return
+    both = sorted(set(card.training_patients) & set(folder.patients()))
+    if both and not allowed:
+        raise UserError(
+            f"{folder.list_file}: {len(both)} of the test patients were in the training data ({', '.join(both[:5])}); "
+            "correct the split, or give --allow_overlap"
+        )
+
+
 def segment_case(
     model: SliceModel, card: ModelCard, case: Case, path: Path, batch_size: int | None = None, texts: SliceTextReader | None = None
 ) -> np.ndarray:

@@ -163,6 +163,9 @@ def open_model(args: argparse.Namespace, device: torch.device) -> SliceModel:
     needed = samed or card.sam_sha256
     found_by_name = args.ckpt is not None or card.vit_name in OFFICIAL_FILES  # otherwise load_model says what it needs
     ckpt = resolve_ckpt(args.ckpt, card.vit_name) if needed and found_by_name else None
+    asked = [f"--{name}" for name in ("reports", "slice_reports", "text_dir") if getattr(args, name) is not None]
+    if args.text_encoder is not None and not asked and not card.options.get("text_lora"):
+        raise UserError(f"--text_encoder {args.text_encoder}: nothing has to be read, {path} holds all that it needs; leave it out")
     chosen = {name: getattr(args, name) for name in (*sizes, "reports", "text_encoder")}
     model = load_model(path, ckpt=ckpt, device=str(device), allow_other_base=args.allow_other_base, **chosen)
     if model.card.reports_saw_labels and not args.allow_label_reports:

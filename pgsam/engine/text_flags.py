@@ -23,6 +23,7 @@ def add_slice_report_flags(parser: argparse.ArgumentParser) -> None:
     add("--slice_reports", type=Path, metavar="FILE.jsonl", help="a report on each slice (scripts/generate_reports.py)")
     add("--text_dir", type=Path, help="PG-SAM's text_{idx}.txt, one a line of --text_list")
     add("--text_list", type=Path, help="the list file that --text_dir was made with")
+    add("--text_saw_labels", action="store_true", help="the texts of --text_dir were made from labels (its files cannot say so)")
     add("--allow_missing_text", action="store_true", help="a learned null text stands for reports that are not there; they are counted")
 
 
@@ -38,7 +39,9 @@ def read_store(args: argparse.Namespace) -> SliceReports | None:
         raise UserError("--slice_reports and --text_dir both name reports on slices; give one of them")
     if args.slice_reports is not None:
         return read_slice_reports(args.slice_reports)
-    return read_text_folder(args.text_dir, args.text_list) if args.text_dir is not None else None
+    if args.text_saw_labels and args.text_dir is None:
+        raise UserError("--text_saw_labels: is about --text_dir, which is not given; leave it out (a .jsonl says it itself)")
+    return read_text_folder(args.text_dir, args.text_list, saw_labels=args.text_saw_labels) if args.text_dir is not None else None
 
 
 class SliceTextReader:
@@ -63,12 +66,12 @@ class SliceTextReader:
             UserError: a slice has no report and none may be missing; or the encoder has another width than the model was built for.
         """
         texts = {key: self.store.text(key) if self.store is not None else None for key in keys}
-        absent = [key for key, text in texts.items() if text is None]
+        absent = self.store.missing(keys) if self.store is not None else list(keys)
         if absent and not self.allow_missing:
             source = self.store.source if self.store is not None else "--slice_reports"
             raise UserError(
                 f"{source}: expected a report on every slice, {len(absent)} of {len(keys)} have none ({', '.join(absent[:3])}); write them "
-                "(scripts/generate_reports.py), or give --allow_missing_text for the learned null text"
+                "(scripts/generate_reports.py) and give them as --slice_reports, or give --allow_missing_text for the learned null text"
             )
         self.asked, self.absent = self.asked + len(keys), self.absent + len(absent)
         present = {key: text for key, text in texts.items() if text is not None}
@@ -80,8 +83,13 @@ class SliceTextReader:
         return {**dict.fromkeys(absent, self.missing), **dict(zip(present, vectors, strict=True))}
 
     def read_case(self, case: str, slices: int) -> Tensor | list[str]:
-        """The same for the slices `<case>_slice000`, `_slice001`, ... of a volume, in their order: `(slices, D)` or a list of texts."""
+        """The same for the slices `<case>_slice000`, `_slice001`, ... of a volume, in their order: `(slices, D)` or a list of texts.
+
+        A report on the case as a whole, as PG-SAM's test folder has them, stands for each of its slices.
+        """
         keys = [f"{case}_slice{i:03d}" for i in range(slices)]
+        if self.store is not None and self.store.text(case) is not None and len(self.store.missing(keys)) == slices:
+            keys = [case] * slices
         read = self.read(keys)
         return [read[key] for key in keys] if self.encoder is None else torch.stack([read[key] for key in keys])
 
@@ -111,7 +119,7 @@ def open_slice_texts(args: argparse.Namespace, model: SliceModel) -> SliceTextRe
     if store is not None:
         refuse_label_reports(store, args.allow_label_reports)
     encoder = None if model.texts.encoder is not None else args.text_encoder or model.told.encoder
-    if args.text_encoder is not None and encoder is not None:
+    if store is not None and encoder is not None:
         require_encoder(encoder, encoder_identity(encoder), model.told)
     return SliceTextReader(store, encoder=encoder, dim=text_dim(model), allow_missing=args.allow_missing_text)
 

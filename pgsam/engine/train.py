@@ -189,6 +189,7 @@ def train(
         num_workers=recipe.num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=recipe.num_workers > 0,  # the sampler tells them the epoch
+        generator=torch.Generator().manual_seed(recipe.seed),  # or the loader draws from the model's, once an epoch or once ever
     )
     total_steps = recipe.max_epochs * len(loader)
     run.write_json("env.json", environment(device))

@@ -2,8 +2,8 @@
 
 LoRA on SAM's image encoder; organ reports through a frozen text encoder; FGMPA aligns them with every location of the embedding
 (`pgsam.prior.aligner`); MLFF fuses the encoder's levels and the guide into the mask embedding (`pgsam.decoding.fusion`); IMO corrects the logits step
-by step (`pgsam.decoding.refiner`). Where each departs from the paper, and why, stands at the head of its file. Every part starts at zero effect:
-with learned class tokens and fresh gates the model is SAMed exactly. The image encoder runs once a forward.
+by step (`pgsam.decoding.refiner`). Where each departs from the paper, and why, stands at the head of its file. Every part starts at zero effect
+(but for `fusion="replace"`): with learned class tokens and fresh gates the model is SAMed exactly. The image encoder runs once a forward.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.prior.aligner import ALIGNERS
 from pgsam.prior.organ_texts import NO_REPORTS, OrganTexts, encoder_identity, gather_wordings, read_distinct
-from pgsam.prior.reports import normalise_name, read_organ_reports
+from pgsam.prior.reports import builtin_reports, normalise_name, read_organ_reports
 from pgsam.prior.text_encoder import BUILTIN_ENCODER, TextEncoder, embed_texts, load_text_encoder
 from pgsam.sam.build import build_image_encoder, build_mask_decoder, build_prompt_encoder, vit_sizes
 from pgsam.sam.image_encoder import ImageEncoder
@@ -181,7 +181,7 @@ def build_pg_sam(
     *,
     text_dim: int = 384,
     missing: Sequence[int] = (),
-    class_tokens: str = "text",
+    class_tokens: str = "learned",
     aligner: str = "gated",
     fusion: str = "gated",
     refine_steps: int = 3,
@@ -279,7 +279,7 @@ def build_with_reports(
         if text_lora:
             raise ValueError("text_lora tunes the text encoder, but no part of this model reads text")
         return build_pg_sam(vit_name, img_size, class_names, **settings)
-    spoken = gather_wordings(reports, class_names, allow_missing=allow_missing_text and settings.get("class_tokens") != "text")
+    spoken = gather_wordings(reports, class_names, allow_missing=allow_missing_text, may_miss=settings.get("class_tokens") != "text")
     given = [(name, text) for name in class_names for text in spoken.wordings.get(name, ())]
     encoder: str | TextEncoder = load_text_encoder(text_encoder) if text_lora else text_encoder
     vectors = embed_texts([text for _, text in given], encoder)
@@ -287,7 +287,8 @@ def build_with_reports(
     model = build_pg_sam(vit_name, img_size, class_names, text_dim=vectors.shape[1], missing=missing, **settings)
     assert model.texts is not None
     rows = [torch.tensor([j for j, (owner, _) in enumerate(given) if owner == name], dtype=torch.long) for name in class_names]
-    model.texts.set_vectors([vectors[index] if len(index) else None for index in rows], centre=True)
+    centre = settings.get("aligner") != "paper"  # the paper's equations take the texts as they are
+    model.texts.set_vectors([vectors[index] if len(index) else None for index in rows], centre=centre)
     model.told = Told(spoken.texts, text_encoder, encoder_identity(encoder), spoken.saw_labels)
     if isinstance(encoder, TextEncoder):
         tune_text_encoder(model, encoder, text_lora, [spoken.wordings.get(name, ("",)) for name in class_names])
@@ -297,6 +298,9 @@ def build_with_reports(
 def tune_text_encoder(model: PGSam, encoder: TextEncoder, rank: int, texts: Sequence[tuple[str, ...]]) -> None:
     """Gives `model` a text encoder of its own with LoRA on q and v, zero at start, which reads `texts` (of every class) at every step."""
     assert model.texts is not None
+    most = min(module.in_features for module in encoder.modules() if isinstance(module, nn.Linear))
+    if rank > most:
+        raise UserError(f"--text_lora {rank}: expected at most {most}, the width of {encoder.name}")
     encoder.add_lora(lambda linear: LoRALinear(linear, rank, {"out": (0, linear.out_features)}))
     model.texts.train_encoder(encoder, texts)
 
@@ -315,11 +319,12 @@ def replace_reports(model: PGSam, source: Mapping[str, str] | str | Path, encode
 
     Args:
         model: in evaluation mode.
-        source: a report file, a mapping organ -> text, or `"none"` for the empty text.
+        source: a report file, a mapping organ -> text, or `"none"` for the empty text; organs of other data sets are passed over, as in
+            training.
         encoder: name or folder of the text encoder; the one the model was trained with by default.
 
     Raises:
-        UserError: an organ in `source` is none of the model's, a text needs an encoder that is not there, or it is another encoder than in training.
+        UserError: an organ in `source` is unknown, none is the model's, a text needs an encoder that is not there, or it is not the one of training.
     """
     if model.texts is None or model.told is None:
         raise UserError(f"{_named(source)}: expected a model that reads reports, found one without text (learned class tokens and no aligner)")
@@ -327,8 +332,10 @@ def replace_reports(model: PGSam, source: Mapping[str, str] | str | Path, encode
     if source == NO_REPORTS:
         texts, saw_labels = dict.fromkeys(classes, ""), False
     else:
-        bank = read_organ_reports(source, model.class_names)
-        texts, saw_labels = {organ: bank.training(organ)[0] for organ in bank.organs}, bank.saw_labels
+        bank = read_organ_reports(source, (*model.class_names, *builtin_reports().organs))
+        texts, saw_labels = {organ: bank.training(organ)[0] for organ in bank.organs if organ in classes}, bank.saw_labels
+        if not texts:
+            raise UserError(f"{bank.source}: expected reports on {', '.join(model.class_names)}, found none of them; add them")
     name = encoder or model.told.encoder
     require_encoder(name, encoder_identity(name), model.told)
     if model.texts.encoder is None:
@@ -338,7 +345,7 @@ def replace_reports(model: PGSam, source: Mapping[str, str] | str | Path, encode
     model.texts.rename({classes[organ]: text for organ, text in texts.items()})
     kept = {organ: text for organ, text in model.told.reports.items() if normalise_name(organ) not in texts}
     new = {model.class_names[classes[organ]]: text for organ, text in texts.items()}
-    model.told = Told({**kept, **new}, model.told.encoder, model.told.encoder_sha256, model.told.saw_labels or saw_labels)
+    model.told = Told({**kept, **new}, model.told.encoder, model.told.encoder_sha256, (bool(kept) and model.told.saw_labels) or saw_labels)
 
 
 def _named(source: Mapping[str, str] | str | Path) -> str:

@@ -1,8 +1,8 @@
 """FGMPA, the fine-grained modality prior aligner: organ reports against every location of the image embedding.
 
 PG-SAM (arXiv 2503.18227, section 3.2, equations 1 to 3) gates the embedding by its likeness to a text and then normalises the result over
-channels and over space, which takes the gate away again: with equations 1 to 3 a text can flip the guide's sign and little else. `Aligner` keeps
-the parts and changes their order, and departs from the paper in four ways:
+channels and over space, which takes the gate away again: with equations 1 to 3 a text hardly changes the guide. `Aligner` keeps the parts and
+changes their order, and departs from the paper in four ways:
 
 - every organ's report has a map of its own (the paper: one map for one text), and the maps are trained by an alignment loss, pixel against report;
 - temperatures are learned (cosines divided by sqrt(C), as released, give uniform attention);

@@ -1,6 +1,6 @@
 """The organs' reports as a model reads them: one vector an organ, its wording drawn anew at every training step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -28,13 +28,16 @@ class OrganWordings:
     saw_labels: bool = False
 
 
-def gather_wordings(source: Mapping[str, str] | str | Path | None, class_names: Sequence[str], *, allow_missing: bool = False) -> OrganWordings:
+def gather_wordings(
+    source: Mapping[str, str] | str | Path | None, class_names: Sequence[str], *, allow_missing: bool = False, may_miss: bool = True
+) -> OrganWordings:
     """The reports of the classes.
 
     Args:
         source: a report file or a mapping organ -> text; None for the built-in reports; `"none"` tells every organ the empty text.
         class_names: foreground classes; spelling variants of an organ's name are known.
         allow_missing: organs without a report are left out instead of refused.
+        may_miss: whether a model that allows that is possible at all.
 
     Raises:
         UserError: an organ without a report, an organ in `source` that is neither a class nor has a built-in report, or as `read_organ_reports`.
@@ -50,10 +53,11 @@ def gather_wordings(source: Mapping[str, str] | str | Path | None, class_names: 
             f"{bank.source}: expected a report of at least one class, found none of {', '.join(class_names)}; write them (--reports FILE.json, see "
             "scripts/generate_reports.py), or leave the text out (--aligner none with learned class tokens)"
         )
-    if missing and not allow_missing:
+    if missing and not (allow_missing and may_miss):
+        way_out = "give --allow_missing_text for a learned null text" if may_miss else "use --class_tokens learned, where a class is not its report"
         raise UserError(
             f"{bank.source}: expected a report of every class, found none of {', '.join(missing)}; write them (--reports FILE.json, see "
-            "scripts/generate_reports.py), or give --allow_missing_text for a learned null text"
+            f"scripts/generate_reports.py), or {way_out}"
         )
     texts, wordings = {}, {}
     for name, organ in known.items():
@@ -79,8 +83,8 @@ class OrganTexts(nn.Module):
     """The vectors of the organs' reports, `() -> (K, D)`.
 
     In evaluation they are those of the reports in use. In training every organ's vector is a random mixture of two of its wordings, plus a little
-    noise, so that what is learned is the region where an organ's descriptions lie and not a few points of it. All vectors are taken relative to
-    the mean of the reports that training began with: what all reports share says nothing of an organ.
+    noise, so that what is learned is the region where an organ's descriptions lie and not a few points of it; with a single wording it is that one's.
+    Vectors are taken relative to the mean of the reports that training began with: what all reports share says nothing of an organ.
 
     Args:
         num_classes: K.
@@ -109,8 +113,9 @@ class OrganTexts(nn.Module):
         With `centre` their mean becomes the origin; classes with fewer wordings than others repeat theirs.
         """
         given = [v for v in vectors if v is not None]
-        if centre:
-            self.centre.copy_(torch.stack([v.mean(dim=0) for v in given]).mean(dim=0))
+        means = torch.stack([v.mean(dim=0) for v in given])
+        if centre and len(means.unique(dim=0)) > 1:  # a report that all classes share must not become the origin, where only noise is left of it
+            self.centre.copy_(means.mean(dim=0))
         most = max(len(v) for v in given)
         absent = torch.zeros(most, self.vectors.shape[1])
         rows = [absent if v is None else v[torch.arange(most) % len(v)] for v in vectors]
@@ -120,6 +125,8 @@ class OrganTexts(nn.Module):
     def rename(self, texts: Mapping[int, str]) -> None:
         """Notes that classes have got another report: they are missing no longer, and an encoder of this model's own reads the new texts."""
         self.missing = tuple(i for i in self.missing if i not in texts)
+        if not self.missing:
+            self.null = None
         if self.encoder is not None:
             self._texts = [(texts[i],) if i in texts else known for i, known in enumerate(self._texts)]
         self._encoded = None
@@ -131,7 +138,7 @@ class OrganTexts(nn.Module):
     def forward(self) -> Tensor:  # noqa: D102
         vectors = self._read() if self.encoder is not None else self._draw()
         vectors = vectors - self.centre
-        if self.null is not None and self.missing:
+        if self.null is not None:
             absent = torch.zeros(len(vectors), 1, dtype=torch.bool, device=vectors.device)
             absent[list(self.missing)] = True
             vectors = torch.where(absent, self.null, vectors)
@@ -141,6 +148,8 @@ class OrganTexts(nn.Module):
         if not self.training or self.wordings is None:
             return self.vectors
         classes, count, _ = self.wordings.shape
+        if count == 1:
+            return self.vectors
         # Drawn on the CPU, whose generator the training state holds.
         first, second = torch.randint(count, (2, classes)).to(self.wordings.device)
         share = torch.rand(classes, 1).to(self.wordings.device)
@@ -161,6 +170,10 @@ class OrganTexts(nn.Module):
         """As `nn.Module.train`; what the encoder said before is forgotten, since training changes it."""
         self._encoded = None
         return super().train(mode)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "OrganTexts":  # type: ignore[override]
+        self._encoded = None  # it lies on the device where the module was
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *arguments: object, **keywords: object) -> None:
         self._encoded = None

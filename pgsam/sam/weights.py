@@ -172,7 +172,8 @@ def fit_sam(state: Mapping[str, Tensor], model: nn.Module, source: str) -> tuple
             report.resized.append(key)
         else:
             report.unused.append(key)
-    report.new = [key for key in target if key not in fitted]
+    elsewhere = tuple(getattr(model, "foreign", ()))  # filled from files of its own
+    report.new = [key for key in target if key not in fitted and not key.startswith(elsewhere)]
     lost = [key for key in report.new if key.startswith("image_encoder.") and ".lora_" not in key]
     if lost:
         raise UserError(f"{source}: expected every tensor of the image encoder, {len(lost)} are absent or misshapen: {', '.join(lost[:5])}")

@@ -27,7 +27,7 @@ def wordings(seed: int = 0) -> list[Tensor]:
 
 def texts(given: Sequence[Tensor | None] | None = None, *, centre: bool = False, missing: Sequence[int] = ()) -> OrganTexts:
     torch.manual_seed(0)
-    built = OrganTexts(3, DIM, missing)
+    built = OrganTexts(3 if given is None else len(given), DIM, missing)
     built.set_vectors(wordings() if given is None else given, centre=centre)
     return built
 
@@ -114,7 +114,7 @@ def test_a_draw_lies_between_two_wordings_of_its_own_organ() -> None:
 
 
 def test_noise_has_its_deviation_and_is_new_for_each_organ_and_draw() -> None:
-    built = texts([torch.zeros(1, DIM)] * 3).train()
+    built = texts([torch.zeros(2, DIM)] * 3).train()
     torch.manual_seed(0)
     drawn = torch.stack([built() for _ in range(800)]).flatten(1)  # (draws, 3 DIM)
     assert drawn.std().item() == pytest.approx(organ_texts.WORDING_NOISE, rel=0.05)
@@ -124,17 +124,18 @@ def test_noise_has_its_deviation_and_is_new_for_each_organ_and_draw() -> None:
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_organs_without_a_report_share_the_null_vector(mode: bool) -> None:
-    given = [wordings()[0], None, None]
+    given = [wordings()[0], None, None, wordings()[1]]
     built = texts(given, centre=True, missing=(1, 2)).train(mode)
     assert built.null is not None
     found = built()
     torch.testing.assert_close(found[1], built.null)
     torch.testing.assert_close(found[2], built.null)
-    torch.testing.assert_close(built.centre, wordings()[0].mean(dim=0))  # the organs without one do not count
-    found[0].sum().backward(retain_graph=True)
+    means = torch.stack([wordings()[i].mean(dim=0) for i in (0, 1)])
+    torch.testing.assert_close(built.centre, means.mean(dim=0))  # the organs without one do not count
+    (found[0] + found[3]).sum().backward(retain_graph=True)
     assert built.null.grad is not None
     assert not built.null.grad.any()
-    found[1:].sum().backward()
+    found[1:3].sum().backward()
     torch.testing.assert_close(built.null.grad, torch.full((DIM,), 2.0))
 
 
@@ -281,3 +282,19 @@ def test_the_default_encoder_is_known_without_being_there(monkeypatch: pytest.Mo
     assert found == builtin_embeddings().identity
     with pytest.raises(UserError, match="another/encoder: expected a text encoder"):
         encoder_identity("another/encoder")
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_what_all_organs_share_is_neither_lost_nor_turned_into_noise(mode: bool) -> None:
+    """One organ, or all of them told the same single text: the model reads that text, in training as in evaluation."""
+    for count in (1, 3):
+        text = torch.arange(1.0, DIM + 1).expand(1, DIM)
+        built = texts([text] * count, centre=True).train(mode)
+        torch.testing.assert_close(built(), text.expand(count, DIM))
+
+
+def test_an_organ_that_gets_a_report_needs_no_null_vector_any_more() -> None:
+    built = texts([wordings()[0], None], missing=(1,))
+    built.rename({1: "a report"})
+    assert built.missing == ()
+    assert built.null is None
