@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"{args.output}: expected a folder for the results, found a file; give another -o")
     if args.input is None:
+        if args.slice_reports is not None or args.text_dir is not None:
+            raise UserError("--slice_reports, --text_dir: give the scan they are about with -i")
         model = open_model(args, pick_device(args.device))
         refuse_similarity(args, model)
         run_bundled_case(model, args)
