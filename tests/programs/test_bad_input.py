@@ -644,9 +644,14 @@ def test_a_bad_command_line(call, program, flags, said, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("program", ["train", "test"])
-def test_a_required_flag_is_missing(call, program, tmp_path):
-    call(program).refused("required", REQUIRED[program][0])
+def test_a_required_flag_is_missing(call, tmp_path):
+    call("test").refused("required", REQUIRED["test"][0])
+    assert not any(tmp_path.iterdir())
+
+
+def test_data_that_are_not_at_their_default_place(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call("train", "--ckpt", "none").refused("data/Synapse", "preprocess/")
     assert not any(tmp_path.iterdir())
 
 

@@ -353,8 +353,8 @@ def test_the_batch_of_testing_changes_no_label(call, trained, data, tmp_path):
 
 def test_a_config_file_lies_under_the_command_line(call, short, data, tmp_path):
     content = {
-        "root_path": str(data), "output": str(tmp_path / "unused"), "vit_name": "vit_tiny", "ckpt": "none", "img_size": 64, "input_size": 56,
-        "batch_size": 2, "max_epochs": 2, "device": "cpu", "warmup": True, "base_lr": 0.001, "AdamW": False, "seed": 7,
+        "root_path": str(data), "output": str(tmp_path / "unused"), "module": SAMED, "vit_name": "vit_tiny", "ckpt": "none", "img_size": 64,
+        "input_size": 56, "batch_size": 2, "max_epochs": 2, "device": "cpu", "warmup": True, "base_lr": 0.001, "AdamW": False, "seed": 7,
     }  # fmt: skip
     (tmp_path / "flags.json").write_text(json.dumps(content))
     expected = short("flags", "--warmup", "--base_lr", 0.002, "--seed", 7)
