@@ -235,7 +235,12 @@ def _batches(loader: DataLoader) -> Iterable[dict[str, Any]]:
         yield from loader
     except UserError as error:
         # torch wraps what a worker raises in its traceback; our message is the end of it, folded into one line.
-        raise UserError(str(error).rsplit("UserError: ", 1)[-1]) from None
+        message = str(error).rsplit("UserError: ", 1)[-1]
+        # torch leaves a cycle through the traceback that holds the workers; cut, they end here and not in whatever thread collects garbage.
+        error.__traceback__ = None
+    else:
+        return
+    raise UserError(message)
 
 
 def _step(
