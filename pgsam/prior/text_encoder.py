@@ -435,11 +435,6 @@ def builtin_embeddings() -> StoredEmbeddings:
     return read_embeddings(BUILTIN_EMBEDDINGS)
 
 
-def are_builtin(texts: Iterable[str]) -> bool:
-    """Whether the vectors of all `texts` come with the package, so that `BUILTIN_ENCODER` itself is not needed."""
-    return all(text_hash(text) in builtin_embeddings().vectors for text in texts)
-
-
 class EmbeddingCache:
     """Vectors on disk: `folder/<identity>/*.safetensors`, each with the texts of one write, named after them.
 

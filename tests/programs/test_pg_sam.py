@@ -504,6 +504,20 @@ def test_a_report_reaches_the_labels_of_its_own_slice(
     np.testing.assert_array_equal(nifti(tmp_path / "out" / "case0008_seg.nii.gz"), labels["other"])
 
 
+def test_one_text_a_volume_stands_for_all_its_slices(test: Call, slice_model: Path, tmp_path: Path) -> None:
+    """PG-SAM's test folder: `text_{idx}.txt` by the line of the volume in test_vol.txt."""
+    (tmp_path / "test_vol.txt").write_text("case0008\n")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "text_0.txt").write_text("large wedge seen here")
+    folder = ("--text_dir", tmp_path / "texts", "--text_list", tmp_path / "test_vol.txt")
+    records = ("--slice_reports", write_records(tmp_path / "all.jsonl", dict.fromkeys(TESTED, "large wedge seen here")))
+    for name, flags in (("folder", folder), ("records", records)):
+        assert test(slice_model, *flags, "--is_savenii", output=name).code == 0
+    labels = [nifti(tmp_path / name / "predictions" / "case0008_pred.nii.gz") for name in ("folder", "records")]
+    np.testing.assert_array_equal(*labels)
+    test(slice_model, *folder, "--text_saw_labels", output="refused").refused("made from", "--allow_label_reports")
+
+
 def test_reports_that_saw_the_labels_are_refused_or_said(test: Call, slice_run: Run, tmp_path: Path) -> None:
     records = write_records(tmp_path / "cheat.jsonl", dict.fromkeys(TESTED, "bean not seen"), saw_labels=True)
     test(slice_run.final, "--slice_reports", records).refused(records, "made from", "--allow_label_reports")
@@ -514,7 +528,7 @@ def test_reports_that_saw_the_labels_are_refused_or_said(test: Call, slice_run: 
     assert said in json.loads((tmp_path / "results" / "metrics.json").read_text())["settings"]["notes"][0]
 
 
-def test_organ_reports_that_saw_the_labels_are_refused_or_said(test: Call, text_run: Run, tmp_path: Path) -> None:
+def test_organ_reports_that_saw_the_labels_are_refused_or_said(test: Call, text_run: Run, sam_tiny_file: Path, tmp_path: Path) -> None:
     made = {"generator": "a person", "prompt": "", "created": "", "saw_labels": True}
     bank = {"format": 1, "kind": "organ reports", "provenance": made, "organs": {"liver": builtin_reports().text("liver")}}
     (tmp_path / "cheat.json").write_text(json.dumps(bank))
@@ -524,6 +538,10 @@ def test_organ_reports_that_saw_the_labels_are_refused_or_said(test: Call, text_
     results = json.loads((tmp_path / "results" / "metrics.json").read_text())
     assert "some reports were made from labels" in results["settings"]["notes"][0]
     assert results["settings"]["model"]["reports_saw_labels"] is True
+    cheat = load_model(text_run.final, ckpt=sam_tiny_file, device="cpu", reports=tmp_path / "cheat.json")
+    save_release(tmp_path / "cheat.safetensors", cheat, cheat.card)
+    (tmp_path / "clean.json").write_text(json.dumps({name: builtin_reports().text(name) for name in ORGANS}))
+    assert test(tmp_path / "cheat.safetensors", "--reports", tmp_path / "clean.json", output="clean").code == 0  # all of them are replaced
 
 
 def test_a_folder_of_texts_trains_as_the_records_do(train: Call, bert: Path, own_reports: Path, tmp_path: Path) -> None:
@@ -621,6 +639,31 @@ def test_an_organ_without_a_report(train: Call, test: Call, with_thymus: Path, t
     with torch.no_grad():
         before, after = (m(images())["similarity"] for m in (model, told))
     assert (before[:, 7] - after[:, 7]).abs().max() > 1e-3
+    save_release(tmp_path / "told.safetensors", told, told.card)  # what has got its report can be written and read again
+    assert agree(say(load_model(tmp_path / "told.safetensors", device="cpu")), say(told))
+
+
+def test_one_report_file_serves_several_data_sets(train: Call, test: Call, text_run: Run, tmp_path: Path) -> None:
+    """Organs that are no class here, but of which there are built-in reports, are passed over in training and in testing alike."""
+    bank = builtin_reports()
+    (tmp_path / "btcv.json").write_text(json.dumps({organ: bank.text(organ) for organ in bank.organs}))
+    assert train("--reports", tmp_path / "btcv.json").code == 0
+    assert test(text_run.final, "--reports", tmp_path / "btcv.json").code == 0
+    (tmp_path / "other.json").write_text(json.dumps({"duodenum": bank.text("duodenum")}))
+    test(text_run.final, "--reports", tmp_path / "other.json", output="none").refused("other.json", "spleen")
+
+
+def test_loading_processes_change_no_number(train: Call, tmp_path: Path) -> None:
+    """The wordings are drawn from the model's generator, which a loader must not draw from as well."""
+    for workers in (0, 2):
+        flags = ("--class_tokens", "text", "--max_epochs", 3, "--num_workers", workers, "--batch_size", 2, "--no-warmup", "--base_lr", 1e-3)
+        assert train(*flags, output=f"run{workers}").code == 0
+    assert same(weights(tmp_path / "run0"), weights(tmp_path / "run2"))
+
+
+def test_a_rank_beyond_the_text_encoders_width(train: Call, bert: Path, own_reports: Path, tmp_path: Path) -> None:
+    train("--text_lora", 1000, "--text_encoder", bert, "--reports", own_reports).refused("--text_lora 1000", "at most 16")
+    assert is_clean(tmp_path / "run")
 
 
 def test_an_organ_without_a_report_is_not_helped_by_a_flag_that_is_given(train: Call, with_thymus: Path, slice_flags: tuple, tmp_path: Path) -> None:
