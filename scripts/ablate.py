@@ -284,7 +284,10 @@ def as_trained_first(groups: dict[tuple[str, str], list[dict[str, Any]]]) -> lis
 
 
 def draw(groups: dict[tuple[str, str], list[dict[str, Any]]], path: Path) -> None:
-    """A dot for every seed and a bar at their mean, DSC at the left and HD95 at the right."""
+    """A dot for every seed and a bar at their mean, DSC at the left and HD95 at the right.
+
+    The axes span the trained rows and as much again; where the mean of other reports lies beyond, it stands there as a number.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     from pgsam.overlay import save_png
@@ -296,23 +299,28 @@ def draw(groups: dict[tuple[str, str], list[dict[str, Any]]], path: Path) -> Non
     for i, ((row, reports), _) in enumerate(ordered):
         pen.text((12, 58 + i * line), row if is_as_trained(row, reports) else f"{row}, {reports}", fill=(20, 20, 20), font=font)
     for p, (metric, title, scale) in enumerate((("dsc", "DSC, points of 100", 100.0), ("hd95_mm_penalised", "HD95, mm, penalised", 1.0))):
-        known = [m[metric] * scale for members in groups.values() for m in members if m[metric] is not None]
         left = margin + p * (panel + gap)
         pen.text((left, 14), title, fill=(20, 20, 20), font=font)
-        low, high = (min(known), max(known)) if known else (0.0, 1.0)
-        low, high = low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
+        trained = [m[metric] * scale for (row, told), members in ordered if is_as_trained(row, told) for m in members if m[metric] is not None]
+        low, high = (min(trained), max(trained)) if trained else (0.0, 1.0)
+        reach = max(high - low, 1e-3) / 2
+        low, high = max(low - reach, 0.0), high + reach
         for t in range(5):
             value, x = low + t / 4 * (high - low), left + t / 4 * panel
             pen.line((x, 50, x, 56 + line * len(ordered)), fill=(225, 225, 225))
             pen.text((x - 14, 34), f"{value:.1f}", fill=(90, 90, 90), font=small)
         for i, ((row, reports), members) in enumerate(ordered):
             values, y = [m[metric] * scale for m in members if m[metric] is not None], 67 + i * line
-            at = [left + (value - low) / (high - low) * panel for value in values]
-            for x in at:
+            if not values:
+                continue
+            mean = statistics.mean(values)
+            if not low <= mean <= high:
+                pen.text((left + (6 if mean < low else panel - 60), y - 9), f"{mean:.1f}", fill=(90, 90, 90), font=small)
+                continue
+            for x in (left + (value - low) / (high - low) * panel for value in values if low <= value <= high):
                 pen.ellipse((x - 4, y - 4, x + 4, y + 4), outline=(30, 90, 200), fill=(150, 185, 245))
-            if at:
-                x = statistics.mean(at)
-                pen.rectangle((x - 1.5, y - 10, x + 1.5, y + 10), fill=(200, 40, 40) if is_as_trained(row, reports) else (120, 120, 120))
+            x = left + (mean - low) / (high - low) * panel
+            pen.rectangle((x - 1.5, y - 10, x + 1.5, y + 10), fill=(200, 40, 40) if is_as_trained(row, reports) else (120, 120, 120))
     save_png(canvas, path)
 
 
