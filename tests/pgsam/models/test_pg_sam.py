@@ -101,6 +101,7 @@ SETTINGS = [
     {"class_tokens": "text", "fusion": "replace", "refine_steps": 1},
     {"class_tokens": "learned", "aligner": "none", "fusion": "none", "refine_steps": 0},
     {"class_tokens": "text", "aligner": "none", "tune": "full"},
+    {"class_names": (*ORGANS[:7], "thymus"), "allow_missing_text": True},
 ]
 
 
@@ -217,8 +218,9 @@ def test_a_slice_report_matters_and_nan_is_the_null_text() -> None:
 # --- cost and contract --------------------------------------------------------------------------------------------------------------------
 
 
-def test_image_encoder_runs_once_a_forward() -> None:
-    model = build(class_tokens="text", slice_text=True)
+@pytest.mark.parametrize("fusion", ["gated", "none"])
+def test_image_encoder_runs_once_a_forward(fusion: str) -> None:
+    model = build(class_tokens="text", slice_text=True, fusion=fusion)
     calls = count_calls(model.image_encoder)
     run(model, images())
     assert len(calls) == 1
