@@ -602,8 +602,11 @@ def test_samed_readme_test(call, synthetic, samed_folder, sam_vit_b_file, module
 
 @pytest.mark.slow
 def test_samed_readme_train(call, raw, samed_folder):
-    """python train.py --root_path D --output O --warmup --AdamW, stopped after an epoch; its model is tested and used on a scan."""
-    result = call("train", "--root_path", "train_npz", "--output", "output/sam", "--warmup", "--AdamW", "--stop_epoch", 1)
+    """python train.py --root_path D --output O --warmup --AdamW with SAMed's module, which is our default no more, stopped after an epoch.
+
+    Its model is tested and used on a scan.
+    """
+    result = call("train", "--module", SAMED, "--root_path", "train_npz", "--output", "output/sam", "--warmup", "--AdamW", "--stop_epoch", 1)
     assert (result.code, result.err) == (0, "")
     assert "302 loaded as they are" in result.out  # of 314; spec 1.3
     run = Path("output/sam")
