@@ -62,7 +62,7 @@ class TextClassTokens(nn.Module):
 
     def __init__(self, text_dim: int, dim: int) -> None:
         super().__init__()
-        # The last normalisation gives the tokens the scale of SAM's own (unit variance); without it training starts slowly.
+        # The last normalisation gives the tokens the scale of SAM's own (unit variance).
         self.token = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.kernels = MLP(dim, dim, dim // 8, 3)  # SAM's hypernetwork, one for all organs
 
