@@ -32,13 +32,7 @@ def dice_loss(logits: Tensor, labels: Tensor, reduction: str = "batch") -> Tenso
     if reduction not in ("batch", "sample"):
         raise ValueError(f'reduction must be "batch" or "sample", got {reduction!r}')
     axes = (0, 2, 3) if reduction == "batch" else (2, 3)
-    probabilities = _at_least_float32(logits).softmax(dim=1)
-    channels = torch.arange(logits.shape[1], device=labels.device).view(1, -1, 1, 1)
-    is_label = labels.unsqueeze(1) == channels  # (B, C, H, W) bool: a quarter of a one-hot tensor, and its backward is element-wise
-    intersection = probabilities.masked_fill(~is_label, 0).sum(axes)
-    predicted = probabilities.square().sum(axes)
-    present = is_label.sum(axes).to(probabilities.dtype)  # t^2 = t
-    return (1 - (2 * intersection + SMOOTH) / (predicted + present + SMOOTH)).mean()
+    return _soft_dice(_at_least_float32(logits).softmax(dim=1), _is_label(labels, logits.shape[1]), axes)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -53,20 +47,15 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cross_entropy_and_dice(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`cross_entropy` and `dice_loss` of the same logits in half the time: one soft-max, no rearranged copy, all element-wise.
+    """`cross_entropy` and `dice_loss` of the same logits in about half the time: one soft-max, no rearranged copy, all element-wise.
 
     A label outside [0, C), which `cross_entropy` refuses, adds nothing here; the datasets check labels when they read them.
     """
     _check(logits, labels)
     log_shares = _at_least_float32(logits).log_softmax(dim=1)
-    channels = torch.arange(logits.shape[1], device=labels.device).view(1, -1, 1, 1)
-    other = labels.unsqueeze(1) != channels  # (B, C, H, W) bool
-    ce = -log_shares.masked_fill(other, 0).sum() / labels.numel()
-    shares = log_shares.exp()
-    intersection = shares.masked_fill(other, 0).sum((0, 2, 3))
-    predicted = shares.square().sum((0, 2, 3))
-    present = labels.numel() - other.sum((0, 2, 3)).to(shares.dtype)
-    return ce, (1 - (2 * intersection + SMOOTH) / (predicted + present + SMOOTH)).mean()
+    is_label = _is_label(labels, logits.shape[1])
+    ce = -log_shares.masked_fill(~is_label, 0).sum() / labels.numel()
+    return ce, _soft_dice(log_shares.exp(), is_label, (0, 2, 3))
 
 
 def alignment_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -81,8 +70,7 @@ def alignment_loss(logits: Tensor, labels: Tensor) -> Tensor:
     height, width = logits.shape[2:]
     if labels.ndim != 3 or len(labels) != len(logits) or labels.shape[1] % height or labels.shape[2] % width:
         raise ValueError(f"expected labels (B, n * {height}, m * {width}) for logits {tuple(logits.shape)}, got {tuple(labels.shape)}")
-    channels = torch.arange(logits.shape[1], device=labels.device).view(1, -1, 1, 1)
-    one_hot = (labels.unsqueeze(1) == channels).float()  # (B, K+1, H, W)
+    one_hot = _is_label(labels, logits.shape[1]).float()
     shares = functional.avg_pool2d(one_hot, (labels.shape[1] // height, labels.shape[2] // width))
     return -(shares * _at_least_float32(logits).log_softmax(dim=1)).sum(dim=1).mean()
 
@@ -147,6 +135,19 @@ class SegmentationLoss(nn.Module):
         """The settings, for `repr`."""
         extra = f", alignment_weight={self.alignment_weight}, deep_weight={self.deep_weight}"
         return f"dice_weight={self.dice_weight}, resolution={self.resolution!r}{extra}"
+
+
+def _is_label(labels: Tensor, channels: int) -> Tensor:
+    """`(B, H, W)` -> `(B, C, H, W)` bool: a quarter of a one-hot tensor, and masking with it has an element-wise backward."""
+    return labels.unsqueeze(1) == torch.arange(channels, device=labels.device).view(1, -1, 1, 1)
+
+
+def _soft_dice(probabilities: Tensor, is_label: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The Dice loss of `dice_loss`, summed over `axes` before dividing, from probabilities and labels `(B, C, H, W)`."""
+    intersection = probabilities.masked_fill(~is_label, 0).sum(axes)
+    predicted = probabilities.square().sum(axes)
+    present = is_label.sum(axes).to(probabilities.dtype)  # t^2 = t
+    return (1 - (2 * intersection + SMOOTH) / (predicted + present + SMOOTH)).mean()
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:

@@ -56,29 +56,30 @@ def segment_slices(
     labels = np.empty(volume.shape, dtype=np.uint8)
     with lora_merged(model):
         for start in range(0, len(volume), batch_size):
-            slices = volume[start : start + batch_size].astype(np.float32, copy=False)
-            slices = resize_cubic(resize_cubic(slices, (input_size, input_size)), (size, size))
-            images = torch.from_numpy(np.ascontiguousarray(slices)).to(device)
+            images = _to_images(volume[start : start + batch_size], input_size, size, device)
             told = {} if texts is None else {"text": texts_to(texts[start : start + batch_size], device)}
-            masks = model(images[:, None].expand(-1, 3, -1, -1), **told)["masks"]
+            masks = model(images, **told)["masks"]
             found = masks.argmax(dim=1).to(torch.uint8).cpu().numpy()
             labels[start : start + batch_size] = resize_nearest(found, volume.shape[1:])
             if progress is not None:
-                progress(len(slices))
+                progress(len(images))
     return labels
 
 
+def _to_images(slices: np.ndarray, input_size: int, size: int, device: torch.device) -> torch.Tensor:
+    """Slices `[D, H, W]` as the network's input, `(D, 3, size, size)`: by cubic splines to `input_size`, then to `size`."""
+    resized = resize_cubic(resize_cubic(slices.astype(np.float32, copy=False), (input_size, input_size)), (size, size))
+    return torch.from_numpy(np.ascontiguousarray(resized)).to(device)[:, None].expand(-1, 3, -1, -1)
+
+
 @torch.inference_mode()
-def similarity_maps(model: SliceModel, slices: np.ndarray, *, input_size: int, texts: SliceTexts | None = None) -> np.ndarray | None:
+def similarity_maps(model: SliceModel, slices: np.ndarray, *, input_size: int) -> np.ndarray | None:
     """Cosine of every place of `slices` [D, H, W] and every organ's report, `[D, K, H, W]` in [-1, 1], bilinear from the token grid.
 
     None for a model without an aligner. `slices` are scaled to [0, 1] and lie as in training.
     """
-    device = next(model.parameters()).device
-    size = (model.img_size, model.img_size)
-    resized = resize_cubic(resize_cubic(slices.astype(np.float32, copy=False), (input_size, input_size)), size)
-    images = torch.from_numpy(np.ascontiguousarray(resized)).to(device)[:, None].expand(-1, 3, -1, -1)
-    maps = model(images, upscale=False, **({} if texts is None else {"text": texts_to(texts, device)})).get("similarity")
+    images = _to_images(slices, input_size, model.img_size, next(model.parameters()).device)
+    maps = model(images, upscale=False).get("similarity")
     if maps is None:
         return None
     return torch.nn.functional.interpolate(maps, slices.shape[1:], mode="bilinear", align_corners=False).clamp(-1, 1).cpu().numpy()

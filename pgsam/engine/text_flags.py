@@ -12,9 +12,8 @@ from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.pg_sam import PGSam, require_encoder, text_dim
-from pgsam.prior.organ_texts import encoder_identity
 from pgsam.prior.reports import SliceReports, read_slice_reports, read_text_folder, refuse_label_reports
-from pgsam.prior.text_encoder import embed_texts
+from pgsam.prior.text_encoder import TextEncoder, embed_texts, load_text_encoder
 
 
 def add_slice_report_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +36,10 @@ def read_store(args: argparse.Namespace) -> SliceReports | None:
         raise UserError("--text_dir and --text_list belong together: the texts are numbered by the lines of the list they were made with")
     if args.slice_reports is not None and args.text_dir is not None:
         raise UserError("--slice_reports and --text_dir both name reports on slices; give one of them")
-    if args.slice_reports is not None:
-        return read_slice_reports(args.slice_reports)
     if args.text_saw_labels and args.text_dir is None:
         raise UserError("--text_saw_labels: is about --text_dir, which is not given; leave it out (a .jsonl says it itself)")
+    if args.slice_reports is not None:
+        return read_slice_reports(args.slice_reports)
     return read_text_folder(args.text_dir, args.text_list, saw_labels=args.text_saw_labels) if args.text_dir is not None else None
 
 
@@ -49,12 +48,12 @@ class SliceTextReader:
 
     Args:
         store: the reports, or None where every slice gets the null text.
-        encoder: name or folder of the text encoder; None hands out words.
+        encoder: the text encoder, or the name or folder of one that is loaded at every `read`; None hands out words.
         dim: width of a vector.
         allow_missing: whether a slice may have no report.
     """
 
-    def __init__(self, store: SliceReports | None, *, encoder: str | None, dim: int, allow_missing: bool) -> None:
+    def __init__(self, store: SliceReports | None, *, encoder: str | TextEncoder | None, dim: int, allow_missing: bool) -> None:
         self.store, self.encoder, self.dim, self.allow_missing = store, encoder, dim, allow_missing
         self.missing: Tensor | str = "" if encoder is None else torch.full((dim,), torch.nan)
         self.asked = self.absent = 0
@@ -79,7 +78,8 @@ class SliceTextReader:
             return {**dict.fromkeys(absent, ""), **present}
         vectors = embed_texts(list(present.values()), self.encoder) if present else torch.empty(0, self.dim)
         if vectors.shape[1] != self.dim:
-            raise UserError(f"{self.encoder}: gives vectors of width {vectors.shape[1]}, the model was built for {self.dim}; give its own encoder")
+            name = self.encoder.name if isinstance(self.encoder, TextEncoder) else self.encoder
+            raise UserError(f"{name}: gives vectors of width {vectors.shape[1]}, the model was built for {self.dim}; give its own encoder")
         return {**dict.fromkeys(absent, self.missing), **dict(zip(present, vectors, strict=True))}
 
     def read_case(self, case: str, slices: int) -> Tensor | list[str]:
@@ -118,9 +118,12 @@ def open_slice_texts(args: argparse.Namespace, model: SliceModel) -> SliceTextRe
         )
     if store is not None:
         refuse_label_reports(store, args.allow_label_reports)
-    encoder = None if model.texts.encoder is not None else args.text_encoder or model.told.encoder
-    if store is not None and encoder is not None:
-        require_encoder(encoder, encoder_identity(encoder), model.told)
+    encoder: str | TextEncoder | None = None
+    if model.texts.encoder is None:
+        encoder = args.text_encoder or model.told.encoder
+        if store is not None:
+            encoder = load_text_encoder(encoder)  # once, for all volumes
+            require_encoder(encoder.name, encoder.identity, model.told)
     return SliceTextReader(store, encoder=encoder, dim=text_dim(model), allow_missing=args.allow_missing_text)
 
 

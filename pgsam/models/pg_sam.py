@@ -22,7 +22,7 @@ from pgsam.decoding.refiner import IterativeMaskRefiner
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.prior.aligner import ALIGNERS
-from pgsam.prior.organ_texts import NO_REPORTS, OrganTexts, encoder_identity, gather_wordings, read_distinct
+from pgsam.prior.organ_texts import NO_REPORTS, OrganTexts, gather_wordings, open_encoder, read_distinct
 from pgsam.prior.reports import builtin_reports, normalise_name, read_organ_reports
 from pgsam.prior.text_encoder import BUILTIN_ENCODER, TextEncoder, embed_texts, load_text_encoder
 from pgsam.sam.build import build_image_encoder, build_mask_decoder, build_prompt_encoder, vit_sizes
@@ -281,7 +281,7 @@ def build_with_reports(
         return build_pg_sam(vit_name, img_size, class_names, **settings)
     spoken = gather_wordings(reports, class_names, allow_missing=allow_missing_text, may_miss=settings.get("class_tokens") != "text")
     given = [(name, text) for name in class_names for text in spoken.wordings.get(name, ())]
-    encoder: str | TextEncoder = load_text_encoder(text_encoder) if text_lora else text_encoder
+    encoder, identity = open_encoder(text_encoder)
     vectors = embed_texts([text for _, text in given], encoder)
     missing = [i for i, name in enumerate(class_names) if name not in spoken.texts]
     model = build_pg_sam(vit_name, img_size, class_names, text_dim=vectors.shape[1], missing=missing, **settings)
@@ -289,9 +289,10 @@ def build_with_reports(
     rows = [torch.tensor([j for j, (owner, _) in enumerate(given) if owner == name], dtype=torch.long) for name in class_names]
     centre = settings.get("aligner") != "paper"  # the paper's equations take the texts as they are
     model.texts.set_vectors([vectors[index] if len(index) else None for index in rows], centre=centre)
-    model.told = Told(spoken.texts, text_encoder, encoder_identity(encoder), spoken.saw_labels)
-    if isinstance(encoder, TextEncoder):
-        tune_text_encoder(model, encoder, text_lora, [spoken.wordings.get(name, ("",)) for name in class_names])
+    model.told = Told(spoken.texts, text_encoder, identity, spoken.saw_labels)
+    if text_lora:
+        own = encoder if isinstance(encoder, TextEncoder) else load_text_encoder(text_encoder)
+        tune_text_encoder(model, own, text_lora, [spoken.wordings.get(name, ("",)) for name in class_names])
     return model
 
 
@@ -337,9 +338,10 @@ def replace_reports(model: PGSam, source: Mapping[str, str] | str | Path, encode
         if not texts:
             raise UserError(f"{bank.source}: expected reports on {', '.join(model.class_names)}, found none of them; add them")
     name = encoder or model.told.encoder
-    require_encoder(name, encoder_identity(name), model.told)
+    reader, identity = open_encoder(name)
+    require_encoder(name, identity, model.told)
     if model.texts.encoder is None:
-        vectors = embed_texts(list(texts.values()), name)
+        vectors = embed_texts(list(texts.values()), reader)
         for vector, organ in zip(vectors, texts, strict=True):
             model.texts.vectors[classes[organ]] = vector.to(model.texts.vectors)
     model.texts.rename({classes[organ]: text for organ, text in texts.items()})

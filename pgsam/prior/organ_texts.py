@@ -66,11 +66,15 @@ def gather_wordings(
     return OrganWordings(texts, wordings, bank.saw_labels)
 
 
-def encoder_identity(encoder: str | TextEncoder) -> str:
-    """Sha256 of a text encoder's weights; the default one is known by its committed embeddings and need not be there."""
-    if isinstance(encoder, TextEncoder):
-        return encoder.identity
-    return builtin_embeddings().identity if encoder == BUILTIN_ENCODER else load_text_encoder(encoder).identity
+def open_encoder(name: str) -> tuple[str | TextEncoder, str]:
+    """What `embed_texts` is to read with, and the sha256 of its weights.
+
+    The default encoder stays a name: it is known by its committed embeddings, which may be all that is needed. Any other is loaded, once.
+    """
+    if name == BUILTIN_ENCODER:
+        return name, builtin_embeddings().identity
+    encoder = load_text_encoder(name)
+    return encoder, encoder.identity
 
 
 def read_distinct(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:

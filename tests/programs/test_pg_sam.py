@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pgsam import build_model, load_model
 from pgsam.engine.checkpoint import save_release, with_told
+from pgsam.engine.text_flags import open_slice_texts
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
@@ -516,6 +517,29 @@ def test_one_text_a_volume_stands_for_all_its_slices(test: Call, slice_model: Pa
     labels = [nifti(tmp_path / name / "predictions" / "case0008_pred.nii.gz") for name in ("folder", "records")]
     np.testing.assert_array_equal(*labels)
     test(slice_model, *folder, "--text_saw_labels", output="refused").refused("made from", "--allow_label_reports")
+    test(slice_model, *records, "--text_saw_labels", output="refused").refused("--text_saw_labels", "--text_dir")
+
+
+def test_the_text_encoder_is_loaded_once_for_all_volumes(
+    slice_run: Run, bert: Path, monkeypatch: pytest.MonkeyPatch, sam_tiny_file: Path, tmp_path: Path
+) -> None:
+    loaded: list[str] = []
+
+    def load(name: str) -> TextEncoder:
+        loaded.append(str(name))
+        return load_text_encoder(name)
+
+    for module in ("pgsam.engine.text_flags", "pgsam.prior.text_encoder"):
+        monkeypatch.setattr(f"{module}.load_text_encoder", load)
+    texts = {f"{case}_slice000": "bean not seen" for case in ("one", "two", "three")}
+    records = write_records(tmp_path / "all.jsonl", texts)
+    flags = ["--checkpoint", str(slice_run.final), "--ckpt", str(sam_tiny_file), "--slice_reports", str(records), "--volume_path", str(tmp_path)]
+    args = importlib.import_module("test").build_parser().parse_args(flags)
+    reader = open_slice_texts(args, load_model(slice_run.final, ckpt=sam_tiny_file, device="cpu"))
+    assert reader is not None
+    for case in ("one", "two", "three"):
+        assert len(reader.read_case(case, 1)) == 1
+    assert loaded == [str(bert)]
 
 
 def test_reports_that_saw_the_labels_are_refused_or_said(test: Call, slice_run: Run, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pgsam.errors import UserError
 from pgsam.prior import organ_texts
-from pgsam.prior.organ_texts import NO_REPORTS, OrganTexts, encoder_identity, gather_wordings
+from pgsam.prior.organ_texts import NO_REPORTS, OrganTexts, gather_wordings, open_encoder
 from pgsam.prior.reports import builtin_reports
 from pgsam.prior.text_encoder import BUILTIN_ENCODER, builtin_embeddings
 
@@ -277,11 +277,12 @@ def test_it_is_said_that_a_report_saw_labels(tmp_path: Path) -> None:
 
 def test_the_default_encoder_is_known_without_being_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)  # importing it raises
-    found = encoder_identity(BUILTIN_ENCODER)
+    encoder, found = open_encoder(BUILTIN_ENCODER)
+    assert encoder == BUILTIN_ENCODER
     assert len(found) == 64
     assert found == builtin_embeddings().identity
     with pytest.raises(UserError, match="another/encoder: expected a text encoder"):
-        encoder_identity("another/encoder")
+        open_encoder("another/encoder")
 
 
 @pytest.mark.parametrize("mode", [True, False])
