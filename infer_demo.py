@@ -114,7 +114,8 @@ def segment_file(model, scan, args: argparse.Namespace) -> None:
     from pgsam.engine.predict import segment_scan
     from pgsam.engine.text_flags import notes_on_texts, open_slice_texts
     from pgsam.sam.weights import sha256_of
-    from pgsam.volume_io import Volume, reorient, write_volume
+    from pgsam.volume import Volume, reorient
+    from pgsam.volume_io import write_volume
 
     card = model.card
     name = re.sub(r"\.nii(\.gz)?$", "", args.input.name, flags=re.IGNORECASE)

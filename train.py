@@ -191,7 +191,7 @@ def resolve_text(args: argparse.Namespace) -> None:
 def class_names_of(folder: "DataFolder", args: argparse.Namespace) -> tuple[str, ...]:
     """The classes of the data: its manifest's, else those of `--dataset`, else as many as `--num_classes` without names."""
     from datasets.labels import DATASETS
-    from pgsam.volume_io import BTCV_ORIENTATION, CT_WINDOW
+    from pgsam.volume import BTCV_ORIENTATION, CT_WINDOW
 
     manifest = folder.manifest or {}
     names = tuple(manifest.get("class_names") or DATASETS[args.dataset].label_map.class_names)
@@ -212,7 +212,7 @@ def card_of(folder: "DataFolder", names: tuple[str, ...], ckpt: Path | None, opt
     """The card of the model to be trained: its settings, what it will have seen, and the SAM file it starts from."""
     from pgsam.models.card import ModelCard
     from pgsam.sam.weights import sha256_of
-    from pgsam.volume_io import BTCV_ORIENTATION, CT_WINDOW
+    from pgsam.volume import BTCV_ORIENTATION, CT_WINDOW
 
     manifest = folder.manifest or {"window": CT_WINDOW}
     return ModelCard(

@@ -9,7 +9,7 @@ import numpy as np
 from datasets.layout import DataFolder
 from datasets.slices import KEYS, check_shapes, check_values
 from pgsam.errors import UserError
-from pgsam.volume_io import Volume, from_attributes, reorient, spacing_of
+from pgsam.volume import Volume, from_attributes, reorient, spacing_of
 
 _DAMAGE = (OSError, RuntimeError, KeyError, ValueError)  # what h5py raises on damaged files
 

@@ -31,18 +31,8 @@ from tqdm import tqdm
 
 from datasets.labels import LabelMap
 from pgsam.errors import UserError
-from pgsam.volume_io import (
-    Volume,
-    check_orientation,
-    corner_distance_mm,
-    intensity_window,
-    read_volume,
-    reorient,
-    replacing,
-    scale_to_window,
-    take_slice,
-    to_attributes,
-)
+from pgsam.volume import Volume, check_orientation, corner_distance_mm, intensity_window, reorient, scale_to_window, take_slice, to_attributes
+from pgsam.volume_io import read_volume, replacing
 
 MANIFEST_FORMAT = 1
 SPLITS = ("train", "test")
@@ -68,7 +58,7 @@ class Settings:
     Args:
         source_root: folder to which the manifest's paths are relative.
         label_map: source labels -> classes.
-        image_kind, window: as `pgsam.volume_io.scale_intensity`; None for percentiles.
+        image_kind, window: as `pgsam.volume.scale_intensity`; None for percentiles.
         orientation: axis codes that image and label are brought to; None keeps the order of the files.
         trim_classes: drop the classes above the highest one that occurs, for a label map made without knowing the labels.
         strict_grid: refuse an image and a label whose headers place them apart; otherwise only their shapes must agree, and the distance is noted.

@@ -27,7 +27,7 @@ if __package__ in (None, ""):
 
 from datasets.labels import LabelMap, identity_label_map, load_label_map
 from pgsam.errors import Parser, UserError, reports_user_errors
-from pgsam.volume_io import BTCV_ORIENTATION, CT_WINDOW, IMAGE_KINDS
+from pgsam.volume import BTCV_ORIENTATION, CT_WINDOW, IMAGE_KINDS
 from preprocess.common import Case, Settings, add_common_arguments, preprocess, summary
 
 _COLUMNS = ("case", "image", "label", "split")

@@ -22,7 +22,7 @@ if __package__ in (None, ""):
 
 from datasets.labels import load_label_map
 from pgsam.errors import Parser, UserError, reports_user_errors
-from pgsam.volume_io import CT_WINDOW
+from pgsam.volume import CT_WINDOW
 from preprocess.common import Case, Settings, add_common_arguments, preprocess, summary
 
 # The split of TransUNet (arXiv 2102.04306), which all later Synapse papers use; the test cases stand in the order of its test_vol.txt.

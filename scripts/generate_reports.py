@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     from datasets.labels import DATASETS
     from pgsam.engine.device import DEVICES
     from pgsam.prior.generate import WORDINGS
-    from pgsam.volume_io import BTCV_ORIENTATION, CT_WINDOW
+    from pgsam.volume import BTCV_ORIENTATION, CT_WINDOW
 
     parser = Parser(__doc__)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -247,7 +247,8 @@ def volume_pictures(args: argparse.Namespace) -> dict[str, Callable[[], np.ndarr
 
 def scan_pictures(args: argparse.Namespace) -> dict[str, Callable[[], np.ndarray]]:
     """All axial slices of a scan in Hounsfield units, as `<name>_slice<ddd>`, counted along the axis that the orientation puts first."""
-    from pgsam.volume_io import BTCV_ORIENTATION, read_volume, reorient, scale_intensity
+    from pgsam.volume import BTCV_ORIENTATION, reorient, scale_intensity
+    from pgsam.volume_io import read_volume
 
     orientation = axial(args.orientation or BTCV_ORIENTATION)
     image = scale_intensity(reorient(read_volume(args.input), orientation).array, "ct_window", tuple(args.window) if args.window else None)
@@ -264,7 +265,7 @@ def orientations_of(folder: Any, given: str | None) -> dict[str, str]:
     Raises:
         UserError: --orientation contradicts the manifest, or the slices are not axial.
     """
-    from pgsam.volume_io import BTCV_ORIENTATION
+    from pgsam.volume import BTCV_ORIENTATION
 
     codes = {}
     for case in folder.cases():
@@ -277,7 +278,7 @@ def orientations_of(folder: Any, given: str | None) -> dict[str, str]:
 
 def axial(code: str) -> str:
     """The code; a UserError unless slices [H, W] in that orientation are axial."""
-    from pgsam.volume_io import check_orientation
+    from pgsam.volume import check_orientation
 
     if check_orientation(code)[0] not in "LR" or code[1] not in "AP":
         raise UserError(f"orientation {code}: expected axial slices, such as LAS; preprocess/nifti.py turns other data")

@@ -34,26 +34,32 @@ def files(folder: str) -> list[Path]:
 def test_rooms_import_neither_each_other_nor_what_stands_above(own: str) -> None:
     for path in files(f"pgsam/{own}"):
         others = {room(name) for name in imports_of(path)} - {own}
-        assert others <= {"errors", "volume_io", "resample"}, path
+        assert others <= {"errors", "volume", "volume_io", "resample"}, path
 
 
 def test_models_import_rooms_and_never_the_engine_or_another_paper() -> None:
     for path in files("pgsam/models"):
         for name in imports_of(path):
-            assert room(name) in {*ROOMS, "models", "errors", "volume_io"}, (path, name)
+            assert room(name) in {*ROOMS, "models", "errors", "volume", "volume_io"}, (path, name)
             if path.name != "__init__.py" and room(name) == "models":
                 assert name in ("pgsam.models.base", "pgsam.models.card"), (path, name)
 
 
-@pytest.mark.parametrize("name", ["metrics", "losses", "volume_io", "resample", "errors"])
+@pytest.mark.parametrize("name", ["metrics", "losses", "volume", "resample", "errors"])
 def test_ground_floor_imports_nothing_of_ours(name: str) -> None:
     assert imports_of(ROOT / "pgsam" / f"{name}.py") <= {"pgsam.errors"}
+
+
+def test_files_are_read_by_formats_that_know_what_a_volume_is() -> None:
+    assert {room(name) for name in imports_of(ROOT / "pgsam" / "volume_io.py")} == {"errors", "volume", "formats"}
+    for path in files("pgsam/formats"):
+        assert {room(name) for name in imports_of(path)} <= {"errors", "volume", "formats"}, path
 
 
 def test_datasets_and_preprocess_know_the_ground_floor_only() -> None:
     for path in files("datasets") + files("preprocess"):
         for name in imports_of(path):
-            assert room(name) in {"datasets", "preprocess", "errors", "volume_io", "resample"}, (path, name)
+            assert room(name) in {"datasets", "preprocess", "errors", "volume", "volume_io", "resample"}, (path, name)
 
 
 def test_the_package_never_imports_programs_or_medpy() -> None:

@@ -18,7 +18,7 @@ from pgsam.engine.checkpoint import read_card
 from pgsam.engine.evaluate import segment_case
 from pgsam.metrics import dice
 from pgsam.prior.reports import builtin_reports
-from pgsam.volume_io import scale_intensity
+from pgsam.volume import scale_intensity
 
 
 def test_bundled_case_is_segmented_and_scored(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

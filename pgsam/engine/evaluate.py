@@ -31,7 +31,8 @@ from pgsam.metrics import class_metrics, format_table, summarise
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.overlay import for_display, heat, montage, overlay, save_png, show_case
-from pgsam.volume_io import Volume, reorient, write_volume
+from pgsam.volume import Volume, reorient
+from pgsam.volume_io import write_volume
 
 Spacing = tuple[float, float, float]
 PROTOCOLS = ("strict", "transunet")

@@ -13,7 +13,7 @@ from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.resample import resize_cubic, resize_nearest
 from pgsam.tuning.lora import lora_merged
-from pgsam.volume_io import Volume, reorient, scale_intensity
+from pgsam.volume import Volume, reorient, scale_intensity
 
 Progress = Callable[[int], object]
 SliceTexts = torch.Tensor | Sequence[str]

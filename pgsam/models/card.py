@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pgsam.errors import UserError
-from pgsam.volume_io import BTCV_ORIENTATION, CT_WINDOW
+from pgsam.volume import BTCV_ORIENTATION, CT_WINDOW
 
 FORMAT = 1
 

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from datasets.layout import DataFolder
 from datasets.volumes import case_path, check_case_header, read_case
 from pgsam.errors import UserError
-from pgsam.volume_io import Volume, reorient, to_attributes
+from pgsam.volume import Volume, reorient, to_attributes
 
 NAME = "case0008"
 SHAPE = (5, 12, 14)

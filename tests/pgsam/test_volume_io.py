@@ -12,21 +12,20 @@ import SimpleITK as sitk
 from nibabel.orientations import aff2axcodes, axcodes2ornt, io_orientation, ornt_transform
 from scipy.spatial.transform import Rotation
 
-from pgsam import volume_io
+from pgsam import volume
 from pgsam.errors import UserError
-from pgsam.volume_io import (
+from pgsam.volume import (
     BTCV_ORIENTATION,
     Volume,
     corner_distance_mm,
     from_attributes,
     intensity_window,
-    read_volume,
     reorient,
     scale_intensity,
     take_slice,
     to_attributes,
-    write_volume,
 )
+from pgsam.volume_io import read_volume, write_volume
 
 SHAPE = (4, 5, 6)  # (W, H, D) in nibabel's order
 SPACING = np.array([0.7, 0.9, 5.0])
@@ -390,4 +389,4 @@ def test_programming_errors_are_not_user_errors():
         Volume(np.zeros((3, 4)), np.eye(4))
     with pytest.raises(ValueError, match="shapes differ"):
         corner_distance_mm(Volume(np.zeros((1, 2, 3)), np.eye(4)), Volume(np.zeros((1, 3, 2)), np.eye(4)))
-    assert volume_io.BTCV_ORIENTATION == "LAS"
+    assert volume.BTCV_ORIENTATION == "LAS"

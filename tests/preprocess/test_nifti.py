@@ -13,7 +13,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from scipy.spatial.transform import Rotation
 
 from pgsam.errors import UserError
-from pgsam.volume_io import from_attributes
+from pgsam.volume import from_attributes
 from preprocess import nifti
 from preprocess.common import Case, check_cases
 

@@ -26,7 +26,8 @@ from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.samed import SAMED
-from pgsam.volume_io import Volume, read_volume, reorient, scale_intensity, to_attributes
+from pgsam.volume import Volume, reorient, scale_intensity, to_attributes
+from pgsam.volume_io import read_volume
 
 SIZE = 64
 ORGANS = ("liver", "spleen", "aorta", "pancreas")

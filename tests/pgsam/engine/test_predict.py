@@ -15,7 +15,7 @@ from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.samed import SAMED
 from pgsam.tuning.lora import unmerge_lora
-from pgsam.volume_io import Volume, reorient
+from pgsam.volume import Volume, reorient
 
 SIZE, INPUT = 64, 56
 NAMES = ("liver", "spleen", "aorta")

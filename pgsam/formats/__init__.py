@@ -1,0 +1,1 @@
+"""Readers, one file format each; `pgsam.volume_io` chooses among them."""

@@ -1,0 +1,242 @@
+"""A volume in the patient: voxels with their geometry, axis order, intensity scaling, and the geometry entries of our h5 and npz files.
+
+A volume is an array [D, H, W] and a 4x4 matrix from its index (d, h, w, 1) to LPS millimetres (x to the patient's left, y to posterior,
+z to superior: ITK's and DICOM's frame; nibabel's is RAS, its first two rows have the other sign). The array order is SimpleITK's, which
+is a NIfTI file's (i, j, k) reversed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+
+from pgsam.errors import UserError
+
+# nibabel's axis codes of (i, j, k) = (W, H, D): the index grows to the patient's Left, Anterior, Superior. The published BTCV files are
+# believed to be LAS, and so are the slices made from them; that cannot be checked here without those files.
+BTCV_ORIENTATION = "LAS"
+
+CT_WINDOW = (-125.0, 275.0)  # HU, the window of TransUNet, SAMed and PG-SAM
+IMAGE_KINDS = ("ct_window", "percentile")
+
+_LETTERS = ("LR", "PA", "SI")  # growing, falling coordinate of the LPS axes x, y, z
+_GEOMETRY_KEYS = ("spacing", "origin", "direction")
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """An image or label map and where it lies in the patient.
+
+    Args:
+        array: [D, H, W].
+        affine: (4, 4) float64, array index (d, h, w, 1) -> (x, y, z, 1) in LPS millimetres.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+
+    def __post_init__(self) -> None:
+        affine = np.asarray(self.affine, dtype=np.float64)
+        if self.array.ndim != 3 or affine.shape != (4, 4):
+            raise ValueError(f"a volume needs an array [D, H, W] and an affine (4, 4), got {self.array.shape} and {affine.shape}")
+        object.__setattr__(self, "affine", affine)
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel edge lengths in millimetres, array order (D, H, W)."""
+        depth, height, width = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        return depth, height, width
+
+    @property
+    def origin_mm(self) -> tuple[float, float, float]:
+        """LPS position (x, y, z) of the centre of voxel (0, 0, 0)."""
+        x, y, z = self.affine[:3, 3].tolist()
+        return x, y, z
+
+    @property
+    def direction(self) -> np.ndarray:
+        """(3, 3): the columns are the LPS unit vectors along which d, h and w grow (SimpleITK's columns are w, h, d)."""
+        return self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
+
+    @property
+    def orientation(self) -> str:
+        """nibabel's axis codes, as "LAS": where the indices (i, j, k) = (W, H, D) grow to; the nearest axes of an oblique volume."""
+        axes = np.abs(self.direction[:, ::-1])  # (x y z, i j k)
+        order = max(permutations(range(3)), key=lambda rows: sum(axes[row, column] for column, row in enumerate(rows)))
+        return "".join(_LETTERS[row][int(self.direction[row, 2 - column] < 0)] for column, row in enumerate(order))
+
+
+def affine_of(spacing: np.ndarray, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """(4, 4) matrix; spacing and the columns of direction in array order."""
+    affine = np.eye(4)
+    affine[:3, :3] = direction * spacing
+    affine[:3, 3] = origin
+    return affine
+
+
+# --- axis order -------------------------------------------------------------------------------------------------------------------------
+
+
+def check_orientation(code: str) -> str:
+    """Returns the code if it is one of the 48, as "LAS" or "PIR".
+
+    Raises:
+        UserError: it is not.
+    """
+    if len(code) != 3 or any(sum(letter in pair for letter in code) != 1 for pair in _LETTERS):
+        raise UserError(f"orientation {code!r}: expected three letters, one each of L/R, P/A and S/I, as LAS or RPI")
+    return code
+
+
+def reorient(volume: Volume, code: str) -> Volume:
+    """Permutes and flips axes until `volume.orientation` is `code`; nothing is resampled and every voxel keeps its place in the patient.
+
+    `reorient(reorient(v, code), v.orientation)` has v's array bit for bit, and its affine up to rounding (below 1e-9 mm).
+
+    Raises:
+        UserError: the code is not an orientation.
+    """
+    current, wanted = volume.orientation[::-1], check_orientation(code)[::-1]  # letters of the array's axes d, h, w
+    if current == wanted:
+        return volume
+    order = [next(axis for axis, letter in enumerate(current) if any({letter, goal} <= set(pair) for pair in _LETTERS)) for goal in wanted]
+    flipped = [axis for axis in range(3) if current[order[axis]] != wanted[axis]]
+    array = volume.array.transpose(order)
+    affine = volume.affine[:, [*order, 3]]
+    for axis in flipped:
+        affine[:, 3] += affine[:, axis] * (array.shape[axis] - 1)
+        affine[:, axis] *= -1
+    return Volume(np.ascontiguousarray(np.flip(array, tuple(flipped))), affine)
+
+
+def take_slice(volume: Volume, index: int) -> Volume:
+    """Slice `index` of D as a volume [1, H, W] at its own place."""
+    affine = volume.affine.copy()
+    affine[:, 3] += index * affine[:, 0]
+    return Volume(volume.array[index : index + 1], affine)
+
+
+def corner_distance_mm(first: Volume, second: Volume) -> float:
+    """Largest distance between equally indexed corner voxels of two volumes of one shape: 0 for the same grid.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if first.array.shape != second.array.shape:
+        raise ValueError(f"shapes differ: {first.array.shape} and {second.array.shape}")
+    corners = np.stack([*np.meshgrid(*((0, size - 1) for size in first.array.shape), indexing="ij"), np.ones((2, 2, 2))]).reshape(4, 8)
+    return float(np.linalg.norm((first.affine - second.affine) @ corners, axis=0).max())
+
+
+# --- geometry in h5 attributes and npz entries --------------------------------------------------------------------------------------------
+
+
+def to_attributes(
+    volume: Volume,
+    *,
+    source: str | None = None,
+    source_orientation: str | None = None,
+    image_kind: str | None = None,
+    window: tuple[float, float] | None = None,
+) -> dict[str, Any]:
+    """What our h5 files hold as attributes and our npz files as entries, loadable without pickle; entries that are None are left out.
+
+    - `spacing` (3,) millimetres, array order; `origin` (3,) LPS millimetres; `direction` (9,) SimpleITK's row-major order, columns w, h, d;
+    - `orientation` of the stored array and `source_orientation` of the file it was made from, nibabel's codes;
+    - `source`, the name of that file; `image_kind` and `window` (2,), the source values that became 0 and 1.
+    """
+    attributes = {
+        "spacing": np.array(volume.spacing_mm),
+        "origin": np.array(volume.origin_mm),
+        "direction": volume.direction[:, ::-1].ravel(),
+        "orientation": volume.orientation,
+        "source_orientation": source_orientation,
+        "source": source,
+        "image_kind": image_kind,
+        "window": None if window is None else np.array(window, dtype=np.float64),
+    }
+    return {key: value for key, value in attributes.items() if value is not None}
+
+
+def from_attributes(mapping: Mapping[str, Any], array: np.ndarray, name: str = "geometry") -> Volume | None:
+    """The volume of an array [D, H, W] or [H, W] and the attributes or entries stored with it; None if those do not place it (see `spacing_of`).
+
+    Args:
+        name: the file, for the message.
+
+    Raises:
+        UserError: the geometry is incomplete or impossible.
+    """
+    missing = [key for key in _GEOMETRY_KEYS if key not in mapping]
+    if set(missing) >= {"origin", "direction"}:
+        return None
+    if missing:
+        raise UserError(f"{name}: expected {', '.join(_GEOMETRY_KEYS)} together, {', '.join(missing)} missing; make the file again")
+    spacing, origin, direction = (_numbers(mapping, key, count, name) for key, count in zip(_GEOMETRY_KEYS, (3, 3, 9), strict=True))
+    axes = direction.reshape(3, 3)
+    if spacing.min() <= 0 or not np.allclose(axes.T @ axes, np.eye(3), atol=1e-3):
+        found = f"spacing {spacing.tolist()} and direction {direction.tolist()}"
+        raise UserError(f"{name}: expected positive spacing and a direction of unit vectors at right angles, found {found}; make the file again")
+    return Volume(array[None] if array.ndim == 2 else array, affine_of(spacing, origin, axes[:, ::-1]))
+
+
+def spacing_of(mapping: Mapping[str, Any], name: str = "geometry") -> tuple[float, float, float] | None:
+    """The spacing stored with an array, mm in array order (D, H, W), or None; files of others may have it and nothing more.
+
+    Raises:
+        UserError: it is not three positive numbers.
+    """
+    if "spacing" not in mapping:
+        return None
+    depth, height, width = _numbers(mapping, "spacing", 3, name).tolist()
+    if min(depth, height, width) <= 0:
+        raise UserError(f"{name}: expected positive spacing, found {[depth, height, width]}; make the file again")
+    return depth, height, width
+
+
+def _numbers(mapping: Mapping[str, Any], key: str, count: int, name: str) -> np.ndarray:
+    try:
+        values = np.asarray(mapping[key], dtype=np.float64).ravel()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: expected {count} numbers as {key}, found {mapping[key]!r}; make the file again") from error
+    if values.size != count or not np.isfinite(values).all():
+        raise UserError(f"{name}: expected {count} finite numbers as {key}, found {values.tolist()}; make the file again")
+    return values
+
+
+# --- intensity --------------------------------------------------------------------------------------------------------------------------
+
+
+def intensity_window(array: np.ndarray, kind: str, window: tuple[float, float] | None = None) -> tuple[float, float]:
+    """The values (lo, hi) that become 0 and 1: `window` (default [-125, 275] HU), or the 0.5 and 99.5 percentiles for "percentile".
+
+    Raises:
+        UserError: lo is not below hi; for percentiles, the image is constant.
+    """
+    if kind == "percentile":
+        lo, hi = (float(value) for value in np.percentile(array, (0.5, 99.5)))
+        if not lo < hi:
+            raise UserError(f"expected an image with contrast, found its 0.5 and 99.5 percentiles both {lo:g}; leave the image out")
+        return lo, hi
+    if kind != "ct_window":
+        raise ValueError(f"image kind {kind!r} is not one of {IMAGE_KINDS}")
+    lo, hi = window or CT_WINDOW
+    if not (np.isfinite((lo, hi)).all() and lo < hi):
+        raise UserError(f"intensity window: expected LO below HI, found {lo:g} {hi:g}")
+    return lo, hi
+
+
+def scale_intensity(array: np.ndarray, kind: str, window: tuple[float, float] | None = None) -> np.ndarray:
+    """Clips to `intensity_window` and maps it to float32 [0, 1]; for a CT in HU and [-125, 275] that is (x + 125) / 400 in float32.
+
+    Raises:
+        UserError: as `intensity_window`.
+    """
+    return scale_to_window(array, *intensity_window(array, kind, window))
+
+
+def scale_to_window(array: np.ndarray, lo: float, hi: float) -> np.ndarray:
+    """Clips to [lo, hi] and maps that to float32 [0, 1]."""
+    return (np.clip(array.astype(np.float32), lo, hi) - np.float32(lo)) / (np.float32(hi) - np.float32(lo))
