@@ -6,17 +6,31 @@ The formats are read in `pgsam.formats`; what a volume is stands in `pgsam.volum
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
 from pgsam.errors import UserError
-from pgsam.formats.nifti import read_nifti
+from pgsam.formats.archive import unpacked
+from pgsam.formats.arrays import read_array
+from pgsam.formats.common import describe_file
+from pgsam.formats.dicom import holds_dicom, is_dicom, read_dicom
+from pgsam.formats.itk import read_itk
+from pgsam.formats.nifti import drop_third_axis, read_nifti
+from pgsam.formats.pictures import read_labels, read_picture
 from pgsam.volume import Volume
 
 MODALITIES = ("ct", "mr", "picture")
+
+_NIFTI = (".nii.gz", ".nii")
+_ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+_DICOM = (".dcm", ".ima")
+_ARRAYS = (".npy.h5", ".npz", ".npy", ".h5")
+_PICTURES = (".png", ".jpeg", ".jpg", ".tiff", ".tif", ".bmp")
+SUFFIXES: tuple[str, ...] = tuple(sorted((*_NIFTI, *_ITK, *_DICOM, *_ARRAYS, *_PICTURES, ".zip"), key=lambda suffix: (-len(suffix), suffix)))
+WRITTEN_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +46,8 @@ class Scan:
         colour: `[D, H, W, 3]` of a colour picture, in the file's number type.
         white: the value that is white in a picture: 255 or 65535.
         files: what was read.
+        spacing_known: whether the spacing of `volume` is the file's; pictures, bare arrays and some single DICOM images say none or not all, and
+            what is missing is taken as 1 mm. The third edge of a file of two axes is 1 mm by convention.
     """
 
     volume: Volume
@@ -41,6 +57,7 @@ class Scan:
     colour: np.ndarray | None = None
     white: float | None = None
     files: tuple[Path, ...] = ()
+    spacing_known: bool = True
 
 
 @contextmanager
@@ -65,69 +82,183 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+# --- which files there are ----------------------------------------------------------------------------------------------------------------
+
+
+def suffix_of(path: str | Path) -> str | None:
+    """The suffix of a readable format that a name ends in, lower case, as ".nii.gz"; None if there is none."""
+    name = Path(path).name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix) and name != suffix), None)
+
+
 def stem_of(path: str | Path) -> str:
-    """A file's name without the suffix of its format: `case01` of `case01.nii.gz`."""
-    name = Path(path).name
-    for suffix in (".nii.gz", ".nii"):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return Path(path).stem
+    """A file's name without the suffix of its format: `case01` of `case01.nii.gz`; a folder's whole name."""
+    path = Path(path)
+    if path.is_dir():
+        return path.resolve().name
+    suffix = suffix_of(path)
+    return path.name[: -len(suffix)] if suffix else path.stem
+
+
+def find_scans(folder: str | Path) -> list[Path]:
+    """What in a folder can be read as one scan each, sorted by name.
+
+    These are the files with a known suffix and the subfolders that hold DICOM files at any depth; hidden ones are left out. A folder in which
+    DICOM files lie directly is one scan: `[folder]`.
+
+    Raises:
+        UserError: there is no such folder, or it cannot be listed.
+    """
+    folder = Path(folder)
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        if any(entry.is_file() and suffix_of(entry) in (None, *_DICOM) and is_dicom(entry) for entry in entries):
+            return [folder]
+        return [entry for entry in entries if (holds_dicom(entry) if entry.is_dir() else suffix_of(entry))]
+    except OSError as error:
+        raise UserError(f"{folder}: expected a folder of scans, it cannot be listed ({error.strerror}); check the path") from error
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------------------------
 
 
 def read_volume(path: str | Path, *, series: str | None = None) -> Volume:
     """Reads one number a voxel as [D, H, W] in file order, an image or a label map; the stored number type is kept, scaled files become float.
 
+    A picture is read as a label map: a palette picture gives its indices, a colour picture its grey values if red, green and blue are equal.
+
     Raises:
-        UserError: as `read_scan`, or a colour picture.
+        UserError: as `read_scan`, or a picture in colour.
     """
-    return read_scan(path, series=series).volume
+    path = Path(path)
+    if path.is_file() and suffix_of(path) in _PICTURES:
+        with _reporting(path):
+            return read_labels(path)
+    scan = read_scan(path, series=series)
+    if scan.colour is not None:  # a picture in a zip
+        raise UserError(f"{path}: expected one number a pixel, found a colour picture; save it in grey, or its class numbers as a palette PNG")
+    return scan.volume
 
 
 def read_scan(path: str | Path, *, series: str | None = None) -> Scan:
     """Reads an image with what its file says of it.
 
+    Args:
+        path: a file of a known suffix (`SUFFIXES`), a DICOM file of any name, a folder that holds one DICOM series, or a zip of one of these.
+        series: which series of a DICOM folder or zip: its UID, a part that only this UID begins or ends with, or its number in the list that
+            the error message gives.
+
     Raises:
         UserError: the file is missing, empty, damaged, of no known format, not one volume, holds NaN or infinity, or has no possible geometry.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: expected a NIfTI file, found a folder; name the file in it")
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such file; check the path")
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        raise UserError(f"{path}: expected a file named .nii or .nii.gz; convert the image to NIfTI")
+    with _reporting(path):
+        return _read(path, series)
+
+
+@contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """Turns what the system says (no rights, a bad disk) into a UserError."""
     try:
-        volume, axes = read_nifti(path)
+        yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    return Scan(volume, stem_of(path), axes=axes, files=(path,))
+        raise UserError(f"{path}: cannot be read ({error}); check its rights and the disk") from error
 
 
-def write_volume(path: str | Path, array: np.ndarray, geometry: Volume | np.ndarray) -> None:
-    """Writes `array` [D, H, W] as NIfTI (.nii, .nii.gz) at the place given by a volume or its affine; booleans become uint8.
+def _read(path: Path, series: str | None) -> Scan:
+    suffix = None if path.is_dir() else suffix_of(path)
+    if path.is_dir() or suffix in _DICOM or (suffix is None and is_dicom(path)):
+        volume, modality, axes, files, spacing_known = read_dicom(path, series)
+        return Scan(volume, stem_of(path), modality, axes, files=files, spacing_known=spacing_known)
+    if suffix == ".zip":
+        return _read_zip(path, series)
+    if series is not None:
+        raise UserError(f"{path}: --series {series} chooses among the series of a DICOM folder or zip, found a {suffix} file; leave it out")
+    if suffix in _PICTURES:
+        volume, colour, white = read_picture(path)
+        return Scan(volume, stem_of(path), "picture", 2, colour, white, (path,), spacing_known=False)
+    if suffix in _ARRAYS:
+        volume, axes, scaled, spacing_known = read_array(path)
+        return Scan(volume, stem_of(path), "scaled" if scaled else None, axes, files=(path,), spacing_known=spacing_known)
+    if suffix in _ITK:
+        volume, axes, files = read_itk(path)
+        return Scan(volume, stem_of(path), axes=axes, files=files)
+    if suffix in _NIFTI:
+        volume, axes = read_nifti(path)
+        return Scan(volume, stem_of(path), axes=axes, files=(path,))
+    raise UserError(f"{path}: expected one of {' '.join(SUFFIXES)}, found {describe_file(path)}")
+
+
+def _read_zip(path: Path, series: str | None) -> Scan:
+    """The one scan in a zip, under the zip's name; messages name the member as if the zip were a folder."""
+    with unpacked(path) as folder:
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        images = [file for file in files if suffix_of(file) not in (None, ".zip", *_DICOM)]
+        try:
+            if holds_dicom(folder):
+                scan = _read(folder, series)
+            elif len(images) == 1:
+                scan = _read(images[0], series)
+            else:
+                names = ", ".join(str(file.relative_to(folder)) for file in images[:5]) or "none"
+                raise UserError(f"{path}: expected a DICOM series or one image in the zip, found {len(images)} images ({names}); unpack it")
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), str(path))) from error
+    return replace(scan, name=stem_of(path), files=(path,))
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------------------------
+
+
+def write_volume(path: str | Path, array: np.ndarray, geometry: Volume | np.ndarray, *, axes: int = 3) -> None:
+    """Writes `array` [D, H, W] as .nii.gz, .nii, .nrrd or .mha at the place given by a volume or its affine; booleans become uint8.
 
     The file appears complete or not at all, and its folder is made.
 
+    Args:
+        axes: 2 writes [1, H, W] as a file without a third axis, as its input was. A NIfTI keeps its place in the patient all the same; the
+            other formats have no third coordinate for it.
+
     Raises:
-        UserError: the name has another suffix, or the file cannot be written.
+        UserError: the name has another suffix, the file cannot be written, or the format cannot hold this place in two axes.
         ValueError: the shape is not the volume's, or the axes are not at right angles (a NIfTI written by SimpleITK cannot hold them).
     """
     path = Path(path)
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        raise UserError(f"{path}: results are written as NIfTI; give a name that ends in .nii.gz or .nii")
+    if suffix_of(path) not in WRITTEN_SUFFIXES:
+        raise UserError(f"{path}: results are written as {', '.join(WRITTEN_SUFFIXES)}; give a name that ends in one of these")
     if isinstance(geometry, Volume) and geometry.array.shape != array.shape:
         raise ValueError(f"array {array.shape} does not fit the volume {geometry.array.shape}")
+    if axes not in (2, 3) or (axes == 2 and array.shape[:1] != (1,)):
+        raise ValueError(f"axes {axes} does not fit the array {array.shape}")
     volume = Volume(array, geometry.affine if isinstance(geometry, Volume) else geometry)
     if not np.allclose(volume.direction.T @ volume.direction, np.eye(3), atol=1e-3):
         raise ValueError("the axes of the affine are not at right angles")
-    stored = array.astype({"b1": np.uint8, "f2": np.float32}.get(array.dtype.str[1:], array.dtype), copy=False)
-    image = sitk.GetImageFromArray(stored)
-    image.SetSpacing(volume.spacing_mm[::-1])
-    image.SetOrigin(volume.origin_mm)
-    image.SetDirection(volume.direction[:, ::-1].ravel().tolist())
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if axes == 2 and suffix_of(path) not in _NIFTI and not _lies_in_plane(volume.affine):
+        raise UserError(f"{path}: a 2-D file of this kind holds no place off the plane z = 0; give a name that ends in .nii.gz or .nii")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); check the folder and its rights") from error
     with replacing(path) as temporary:
         try:
-            sitk.WriteImage(image, str(temporary))
+            sitk.WriteImage(_as_image(volume, axes if suffix_of(path) not in _NIFTI else 3), str(temporary), useCompression=True)
+            if axes == 2 and suffix_of(path) in _NIFTI:
+                drop_third_axis(temporary)
         except RuntimeError as error:
             raise UserError(f"{path}: cannot be written ({error}); check the folder, its rights and the free space") from error
+
+
+def _lies_in_plane(affine: np.ndarray) -> bool:
+    """Whether an affine of [1, H, W] is what a 2-D image means: x and y from w and h, z = 0."""
+    return bool(np.allclose(affine[2, 1:], 0, atol=1e-6) and np.allclose(affine[:2, 0], 0, atol=1e-6) and affine[2, 0] > 0)
+
+
+def _as_image(volume: Volume, axes: int) -> sitk.Image:
+    array = volume.array.astype({"b1": np.uint8, "f2": np.float32}.get(volume.array.dtype.str[1:], volume.array.dtype), copy=False)
+    image = sitk.GetImageFromArray(array if axes == 3 else array[0])
+    image.SetSpacing(volume.spacing_mm[::-1][:axes])
+    image.SetOrigin(volume.origin_mm[:axes])
+    image.SetDirection(volume.direction[:, ::-1][:axes, :axes].ravel().tolist())
+    return image

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,12 @@ def require_shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"../shared/{relative} is not on this machine")
     return path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """`shared("data/polyps")` is that file or folder of ../shared; the test is skipped by name where it is absent."""
+    return require_shared
 
 
 @pytest.fixture(scope="session")

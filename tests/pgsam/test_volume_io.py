@@ -25,7 +25,7 @@ from pgsam.volume import (
     take_slice,
     to_attributes,
 )
-from pgsam.volume_io import read_volume, write_volume
+from pgsam.volume_io import SUFFIXES, find_scans, read_scan, read_volume, stem_of, write_volume
 
 SHAPE = (4, 5, 6)  # (W, H, D) in nibabel's order
 SPACING = np.array([0.7, 0.9, 5.0])
@@ -133,7 +133,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
     write_volume(path, np.ones((2, 3, 4), np.uint8), np.eye(4))
     before = path.read_bytes()
 
-    def disk_full(image, name):
+    def disk_full(image, name, **options):
         Path(name).write_bytes(before[:20])
         raise RuntimeError("no space left")
 
@@ -146,13 +146,127 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
 
 def test_write_refuses_other_formats_wrong_shapes_and_sheared_grids(tmp_path):
     array, sheared = np.zeros((2, 3, 4), np.uint8), np.eye(4)
-    with pytest.raises(UserError, match=r"\.nii"):
+    with pytest.raises(UserError, match=r"written as \.nii\.gz, \.nii, \.nrrd, \.mha"):
         write_volume(tmp_path / "mask.png", array, np.eye(4))
     with pytest.raises(ValueError, match="does not fit"):
         write_volume(tmp_path / "mask.nii", array, Volume(array[:1], np.eye(4)))
+    for axes in (1, 2, 4):
+        with pytest.raises(ValueError, match=f"axes {axes} does not fit"):
+            write_volume(tmp_path / "mask.nii", array, np.eye(4), axes=axes)
     sheared[0, 1] = 0.1
     with pytest.raises(ValueError, match="right angles"):
         write_volume(tmp_path / "mask.nii", array, sheared)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_volume(tmp_path / "file" / "mask.nii", array, np.eye(4))
+
+
+GRIDS = {
+    "oblique": ("LAS", (25, -40, 70), (30, 20, 10), SPACING),
+    "LAS": ("LAS", (0, 0, 0), (30, 20, 10), SPACING),
+    "RAS": ("RAS", (0, 0, 0), (30, 20, 10), SPACING),
+    "LPS": ("LPS", (0, 0, 0), (30, 20, 10), SPACING),
+    "PIR, oblique": ("PIR", (5, 170, -95), (30, 20, 10), SPACING),
+    "anisotropic": ("RPI", (1, 2, 3), (512, 400, 6), (0.35, 0.35, 8.0)),
+    "single slice": ("LPS", (3, 0, 0), (30, 20, 1), SPACING),
+    "one row": ("RAS", (0, 0, 0), (30, 1, 10), SPACING),
+}
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_labels_lie_on_exactly_the_grid_of_their_input(suffix, grid, tmp_path):
+    code, angles, shape, spacing = GRIDS[grid]
+    affine = ras_affine(code, spacing, Rotation.from_euler("xyz", angles, degrees=True).as_matrix())
+    scan = read_scan(save(tmp_path / "scan.nii.gz", voxels(shape=shape), affine))
+    labels = (scan.volume.array % 9).astype(np.uint8)
+    path = tmp_path / f"labels{suffix}"
+    write_volume(path, labels, scan.volume, axes=scan.axes)
+    image = sitk.ReadImage(path)
+    assert image.GetPixelID() == sitk.sitkUInt8
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), labels)
+    last = tuple(np.array(shape) - 1)
+    for index in product(*((0, size) for size in last)):
+        expected = LPS @ affine @ (*index, 1)
+        np.testing.assert_allclose(image.TransformIndexToPhysicalPoint([int(value) for value in index]), expected[:3], atol=1e-3)
+    straight = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    np.testing.assert_allclose(np.array(image.GetDirection()).reshape(3, 3), LPS[:3, :3] @ straight, atol=1e-5)
+    if suffix in (".nii", ".nii.gz"):
+        again = load(path)
+        assert again.get_data_dtype() == np.uint8
+        np.testing.assert_allclose((again.affine - affine) @ corners(shape), 0, atol=1e-3)
+        np.testing.assert_allclose(again.affine[:3, :3] / np.linalg.norm(again.affine[:3, :3], axis=0), straight, atol=1e-5)
+    assert read_volume(path).orientation == scan.volume.orientation
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("code", ["LPS", "RAS", "RSA", "PIR", "LPI"])
+def test_a_nifti_of_two_axes_gives_labels_of_two_axes_at_the_same_place(suffix, code, tmp_path):
+    affine = ras_affine(code, rotation=Rotation.from_euler("xyz", (12, -17, 31), degrees=True).as_matrix())
+    source = load(save(tmp_path / f"flat{suffix}", voxels()[..., 0], affine))
+    scan = read_scan(tmp_path / f"flat{suffix}")
+    assert scan.axes == 2
+    assert scan.volume.orientation == "".join(aff2axcodes(affine))
+    np.testing.assert_allclose(scan.volume.spacing_mm, (1.0, 0.9, 0.7), rtol=1e-6)
+    write_volume(tmp_path / f"labels{suffix}", (scan.volume.array > 0), scan.volume, axes=scan.axes)
+    labels = load(tmp_path / f"labels{suffix}")
+    assert labels.shape == source.shape == (4, 5)
+    np.testing.assert_array_equal(np.asarray(labels.dataobj), np.asarray(source.dataobj) > 0)
+    for index in ((0, 0, 0, 1), (3, 4, 0, 1)):
+        np.testing.assert_allclose(labels.affine @ index, source.affine @ index, atol=1e-3)
+    np.testing.assert_array_equal(read_volume(tmp_path / f"labels{suffix}").array, scan.volume.array > 0)
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_other_files_of_two_axes(suffix, tmp_path):
+    plane = np.array([[0, 0, 0.7, 10], [0, 0.9, 0, 20], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+    labels = (voxels(shape=(1, 5, 6)) > 0).astype(np.uint8)
+    write_volume(tmp_path / f"labels{suffix}", labels, plane, axes=2)
+    image = sitk.ReadImage(tmp_path / f"labels{suffix}")
+    assert image.GetDimension() == 2
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), labels[0])
+    scan = read_scan(tmp_path / f"labels{suffix}")
+    assert scan.axes == 2
+    np.testing.assert_allclose(scan.volume.affine, plane, atol=1e-6)
+    above = plane + 4 * np.eye(4)[:, 2:3] * (0, 0, 0, 1)
+    coronal = plane[[0, 2, 1, 3]]
+    for elsewhere in (above, coronal, plane * (-1, 1, 1, 1)):
+        with pytest.raises(UserError, match=r"off the plane z = 0; give a name that ends in \.nii"):
+            write_volume(tmp_path / f"other{suffix}", labels, elsewhere, axes=2)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
+def test_labels_are_packed(suffix, tmp_path):
+    write_volume(tmp_path / f"labels{suffix}", np.zeros((20, 100, 100), np.uint8), np.eye(4))
+    assert (tmp_path / f"labels{suffix}").stat().st_size < 2000
+
+
+def test_names_and_what_a_folder_holds(tmp_path):
+    for name, stem in (
+        ("case01.nii.gz", "case01"),
+        ("case01.NII.GZ", "case01"),
+        ("case.npy.h5", "case"),
+        ("a.b.mha", "a.b"),
+        ("IM0001", "IM0001"),
+        ("scan.zip", "scan"),
+        ("notes.txt", "notes"),
+    ):
+        assert stem_of(tmp_path / name) == stem
+    (tmp_path / "study.v2").mkdir()
+    assert stem_of(tmp_path / "study.v2") == "study.v2"
+    assert list(SUFFIXES) == sorted(SUFFIXES, key=lambda suffix: -len(suffix))
+    for name in ("b.nii.gz", "a.PNG", "c.npy.h5", "d.zip", ".hidden.nii", "e.raw", "f.txt", "g"):
+        (tmp_path / name).write_bytes(b"data")
+    (tmp_path / "study.v2" / "IM1").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "empty").mkdir()
+    assert [path.name for path in find_scans(tmp_path)] == ["a.PNG", "b.nii.gz", "c.npy.h5", "d.zip", "study.v2"]
+    (tmp_path / "wrong.nii").write_bytes(bytes(128) + b"DICM")  # a wrong suffix does not make the folder a series
+    assert len(find_scans(tmp_path)) == 6
+    (tmp_path / "IM2").write_bytes(bytes(128) + b"DICM")
+    assert find_scans(tmp_path) == [tmp_path]
+    for path in (tmp_path / "absent", tmp_path / "g"):
+        with pytest.raises(UserError, match="expected a folder of scans"):
+            find_scans(path)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.float32, np.float64])
@@ -202,11 +316,11 @@ DAMAGE = {
     "cut in the last bytes": (lambda data: data[:-3], "truncated or damaged"),
     "wrong checksum": (broken_crc, "truncated or damaged"),
     "voxels missing before packing": (lambda data: gzip.compress(gzip.decompress(data)[:-100]), "found 16284: truncated"),
-    "voxels missing, not packed": (lambda data: gzip.decompress(data)[:-100], "found 16284: truncated"),
+    "voxels missing, not packed": (lambda data: gzip.decompress(data)[:-100], r"claims 16736 bytes, more than the 16636 .* truncated"),
     "web page": (lambda data: b"<!DOCTYPE html><html><body>Sign in</body></html>", "web page"),
     "packed web page": (lambda data: gzip.compress(b"<html>" + b" " * 1000), "web page"),
     "git-lfs": (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n", "git lfs pull"),
-    "picture": (lambda data: b"\x89PNG\r\n\x1a\n" + bytes(1000), "another kind"),
+    "picture": (lambda data: b"\x89PNG\r\n\x1a\n" + bytes(1000), r"PNG content; rename it to \.png"),
     "zero header": (lambda data: bytes(20000), "another kind"),
 }
 
@@ -232,12 +346,20 @@ def test_a_whole_file_under_the_same_checks_is_read(tmp_path):
         read_volume(tmp_path / "packed.nii")
 
 
-def test_paths_that_are_no_file(tmp_path):
+def test_paths_that_are_no_scan(tmp_path):
     (tmp_path / "folder.nii").mkdir()
-    (tmp_path / "scan.mha").write_bytes(b"ObjectType = Image")
-    for name, message in (("absent.nii.gz", "no such file"), ("folder.nii", "found a folder"), ("scan.mha", "convert the image to NIfTI")):
+    (tmp_path / "scan.xyz").write_bytes(b"words")
+    (tmp_path / ".nii").write_bytes(b"words")
+    for name, message in (
+        ("absent.nii.gz", "no such file"),
+        ("folder.nii", r"expected a DICOM series, found no DICOM image \(0 other files\)"),
+        ("scan.xyz", r"expected one of \.nii\.gz .* found 5 bytes of another kind"),
+        (".nii", "expected one of"),
+    ):
         with pytest.raises(UserError, match=message):
             read_volume(tmp_path / name)
+    with pytest.raises(UserError, match="--series 1 chooses among"):
+        read_scan(save(tmp_path / "a.nii", voxels(), ras_affine()), series="1")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -269,9 +391,6 @@ def test_shapes_and_kinds_that_are_no_volume(tmp_path):
     for number, (array, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):
             read_volume(save(tmp_path / f"{number}.nii", array, ras_affine()))
-    nib.save(nib.Nifti2Image(voxels(), ras_affine()), tmp_path / "second.nii")
-    with pytest.raises(UserError, match="NIfTI-2"):
-        read_volume(tmp_path / "second.nii")
 
 
 def test_spacing_that_cannot_be(tmp_path):
@@ -289,13 +408,6 @@ def test_spacing_that_cannot_be(tmp_path):
     image.header.set_xyzt_units("meter")
     nib.save(image, tmp_path / "metres.nii")
     np.testing.assert_allclose(read_volume(tmp_path / "metres.nii").spacing_mm, SPACING[::-1], rtol=1e-6)
-
-
-def test_a_sheared_grid_is_refused(tmp_path):
-    affine = ras_affine("RAS")
-    affine[0, 1] = 0.2
-    with pytest.raises(UserError, match="right angles"):
-        read_volume(save(tmp_path / "a.nii.gz", voxels(), affine))
 
 
 # --- geometry beside arrays -------------------------------------------------------------------------------------------------------------
