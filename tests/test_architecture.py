@@ -45,9 +45,13 @@ def test_models_import_rooms_and_never_the_engine_or_another_paper() -> None:
                 assert name in ("pgsam.models.base", "pgsam.models.card"), (path, name)
 
 
-@pytest.mark.parametrize("name", ["metrics", "losses", "volume", "resample", "errors"])
+@pytest.mark.parametrize("name", ["metrics", "losses", "volume", "resample", "errors", "box_plot"])
 def test_ground_floor_imports_nothing_of_ours(name: str) -> None:
     assert imports_of(ROOT / "pgsam" / f"{name}.py") <= {"pgsam.errors"}
+
+
+def test_the_report_knows_pictures_and_numbers_only() -> None:
+    assert {room(name) for name in imports_of(ROOT / "pgsam" / "report.py")} <= {"errors", "box_plot", "overlay", "volume_io"}
 
 
 def test_files_are_read_by_formats_that_know_what_a_volume_is() -> None:
@@ -59,7 +63,7 @@ def test_files_are_read_by_formats_that_know_what_a_volume_is() -> None:
 def test_datasets_and_preprocess_know_the_ground_floor_only() -> None:
     for path in files("datasets") + files("preprocess"):
         for name in imports_of(path):
-            assert room(name) in {"datasets", "preprocess", "errors", "volume", "volume_io", "resample"}, (path, name)
+            assert room(name) in {"datasets", "preprocess", "errors", "volume", "volume_io", "formats", "resample"}, (path, name)
 
 
 def test_the_package_never_imports_programs_or_medpy() -> None:

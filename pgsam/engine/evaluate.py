@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ from pgsam.errors import UserError
 from pgsam.metrics import class_metrics, format_table, summarise
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
-from pgsam.overlay import for_display, heat, montage, overlay, save_png, show_case
+from pgsam.overlay import WorstSlices, for_display, heat, montage, overlay, save_png, show_case
+from pgsam.report import write_report
 from pgsam.volume import Volume, reorient
 from pgsam.volume_io import write_volume
 
 Spacing = tuple[float, float, float]
 PROTOCOLS = ("strict", "transunet")
-RESULTS = ("metrics.json", "metrics.csv", "test_log", "predictions", "overlays")
+RESULTS = ("metrics.json", "metrics.csv", "report.html", "test_log", "predictions", "overlays")
 
 
 @contextmanager
@@ -88,11 +90,11 @@ def evaluate(
         card: the model's; gives class names and slice sizes.
         folder: volumes and their list.
         output_dir: see `results_folder`.
-        settings: goes into `metrics.json` as it is.
+        settings: goes into `metrics.json` and `report.html` as it is.
         batch_size: slices at a time.
         save_nifti: also write `predictions/<case>_{pred,img,gt}.nii.gz` on the grid of the original scan.
         texts: reads the reports on the slices, for models that take them.
-        run: goes into `settings.run` with the timings.
+        run: goes into `settings.run` with the seconds and the time of day.
 
     Returns:
         The content of `metrics.json`: `settings`, `cases` and `summary` (design section 3), undefined values as None.
@@ -101,17 +103,20 @@ def evaluate(
         log = Log(staging / "test_log" / "log.txt")
         started = time.perf_counter()
         cases: dict[str, dict[str, dict[str, float | None]]] = {}
+        colours = {name: colour_of(name, i) for i, name in enumerate(card.class_names)}
+        worst = WorstSlices(card.class_names, list(colours.values()))
         for index, name in enumerate(folder.names):
             case = read_case(case_path(folder, name), name, card.num_classes)
             labels = segment_case(model, card, case, case_path(folder, name), batch_size, texts)
-            raw = class_metrics(labels, case.label, card.num_classes, case.spacing_mm)
-            cases[name] = {organ: {k: _jsonable(v) for k, v in raw[i + 1].items()} for i, organ in enumerate(card.class_names)}
+            cases[name] = metrics_of_case(labels, case.label, card.class_names, case.spacing_mm)
             one = summarise({name: cases[name]}, card.class_names, "transunet", n_resamples=0)["mean"]
             log(f"idx {index} case {name} mean_dice {one['dsc']['mean']:f} mean_hd95 {one['hd95_vox']['mean']:f}")
             maps = [("reference", case.label), ("prediction", labels)]
             picture = staging / "overlays" / f"{name}.png"
             picture.parent.mkdir(exist_ok=True)
-            save_case_picture(picture, case.image, maps, card, case.orientation or card.orientation, case.spacing_mm)
+            orientation = case.orientation or card.orientation
+            save_case_picture(picture, case.image, maps, card, orientation, case.spacing_mm)
+            worst.add(name, case.image, case.label, labels, orientation=orientation, spacing_mm=case.spacing_mm)
             if save_nifti:
                 _save_nifti(staging, case, labels)
         summary = {protocol: summarise(cases, card.class_names, protocol) for protocol in PROTOCOLS}
@@ -121,12 +126,19 @@ def evaluate(
         for note in notes:
             log(note)
         results = {
-            "settings": {**settings, "model": asdict(card), "notes": notes, "run": {**(run or {}), "seconds": round(seconds, 3)}},
+            "settings": {
+                **settings,
+                "data": {"files": str(folder.files), "list": str(folder.list_file)},
+                "model": asdict(card),
+                "notes": notes,
+                "run": {**(run or {}), "seconds": round(seconds, 3), "finished": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")},
+            },
             "cases": cases,
             "summary": summary,
         }
         (staging / "metrics.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         _write_csv(staging / "metrics.csv", cases)
+        write_report(staging / "report.html", results, colours=colours, pictures=worst.pictures)
         log("Testing Finished!")
     return results
 
@@ -180,6 +192,14 @@ def _slice_order(case: Case, path: Path, orientation: str) -> np.ndarray:
     if turned.shape[0] != len(case.image) or (turned != turned[:, :1, :1]).any():
         raise UserError(f"{path} ({case.name}): its slices are other planes than the checkpoint's ({orientation}), so their reports do not fit")
     return np.ascontiguousarray(turned[:, 0, 0])
+
+
+def metrics_of_case(
+    labels: np.ndarray, reference: np.ndarray, class_names: Sequence[str], spacing_mm: Spacing | None
+) -> dict[str, dict[str, float | None]]:
+    """`class_metrics` of a case by organ, undefined values as None."""
+    rows = class_metrics(labels, reference, len(class_names), spacing_mm)
+    return {organ: {metric: _jsonable(value) for metric, value in rows[i + 1].items()} for i, organ in enumerate(class_names)}
 
 
 def _jsonable(value: float) -> float | int | None:

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
+from datasets.labels import colour_of
 from datasets.layout import DataFolder
 from datasets.volumes import Case
 from pgsam import build_model
@@ -118,7 +120,7 @@ def labels_of(folder: DataFolder, case: str) -> tuple[np.ndarray, np.ndarray, tu
 
 def test_what_is_in_the_folder(results: Path) -> None:
     found = {str(path.relative_to(results)) for path in results.rglob("*") if path.is_file()}
-    wanted = {"metrics.json", "metrics.csv", "test_log/log.txt", *(f"overlays/{case}.png" for case in CASES)}
+    wanted = {"metrics.json", "metrics.csv", "report.html", "test_log/log.txt", *(f"overlays/{case}.png" for case in CASES)}
     assert found == wanted | {f"predictions/{case}_{kind}.nii.gz" for case in CASES for kind in ("pred", "img", "gt")}
     for case in CASES:
         with Image.open(results / "overlays" / f"{case}.png") as picture:
@@ -201,6 +203,11 @@ def test_settings_say_what_was_tested(results: Path) -> None:
     assert settings["model"]["class_names"] == list(ORGANS)
     assert settings["run"]["device"] == "cpu"
     assert settings["run"]["seconds"] > 0
+    assert abs((datetime.fromisoformat(settings["run"]["finished"]) - datetime.now(UTC)).total_seconds()) < 3600
+
+
+def test_settings_name_the_data(results: Path, folder: DataFolder) -> None:
+    assert read_json(results / "metrics.json")["settings"]["data"] == {"files": str(folder.files), "list": str(folder.list_file)}
 
 
 def test_the_table_has_a_row_a_case_and_organ(results: Path) -> None:
@@ -240,6 +247,34 @@ def test_the_log_has_sameds_lines(results: Path) -> None:
     assert len(re.findall(rf"{prefix}protocol: (?:strict|transunet) ", text, re.MULTILINE)) == 2  # every table names its protocol
 
 
+def test_the_report_shows_this_test(results: Path, folder: DataFolder) -> None:
+    """Its numbers are compared in tests/pgsam/test_report.py; here, that it was given these results, these slices and the organs' colours."""
+    page = (results / "report.html").read_text(encoding="utf-8")
+    content = read_json(results / "metrics.json")
+    for case in CASES:
+        for organ in ORGANS:
+            value = content["cases"][case][organ]["dsc"]
+            shown = "" if value is None else repr(value)
+            assert f'data-protocol="strict" data-case="{case}" data-organ="{organ}" data-metric="dsc" data-value="{shown}"' in page
+    assert f"rgb{colour_of('liver', 0)}" in page
+    figures = re.findall(r'<figure data-case="(\w+)" data-slice="(\d+)" data-metric="loss" data-value="([0-9.]+)">', page)
+    assert {case for case, *_ in figures} == set(CASES)
+    assert len(figures) == len(re.findall("<img ", page)) <= 9
+    losses = {}
+    for case in CASES:
+        pred, ref, _ = labels_of(folder, case)
+        for number, (first, second) in enumerate(zip(pred, ref, strict=True)):
+            terms = []
+            for value in range(1, 5):
+                a, b = first == value, second == value
+                size = max(a.sum(), b.sum())
+                terms.append((1 - binary.dc(a, b)) * size / (size + a.size / 1000) if size else 0)
+            losses[case, str(number)] = sum(terms)
+    for case, number, loss in figures:
+        assert float(loss) == pytest.approx(losses[case, number], abs=1e-12)
+    assert float(figures[0][2]) == pytest.approx(max(losses.values()), abs=1e-12)
+
+
 @pytest.mark.parametrize("case", CASES[:2])
 def test_predictions_lie_on_the_grid_of_the_scan(results: Path, folder: DataFolder, case: str) -> None:
     source, reference = (nib.load(folder.files / f"{case}{suffix}.nii.gz") for suffix in ("", "_label"))
@@ -263,7 +298,7 @@ def test_predictions_without_geometry(results: Path, folder: DataFolder) -> None
 
 def test_pictures_only_where_volumes_are_not_asked_for(folder: DataFolder, tmp_path: Path) -> None:
     evaluate(model(), CARD, DataFolder(folder.files, folder.list_file, CASES[2:], None), tmp_path, settings={})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.json", "overlays", "test_log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.json", "overlays", "report.html", "test_log"]
 
 
 # --- all or nothing -----------------------------------------------------------------------------------------------------------------------
@@ -288,7 +323,7 @@ def test_a_damaged_later_case_leaves_nothing(folder: DataFolder, tmp_path: Path,
     assert found == {"empty": ["results"], "with a file of the user's": ["notes.txt", "results"]}.get(before, [])
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "metrics.csv", "test_log", "predictions", "overlays"])
+@pytest.mark.parametrize("name", ["metrics.json", "metrics.csv", "report.html", "test_log", "predictions", "overlays"])
 def test_a_folder_with_results_is_refused(folder: DataFolder, tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=rf"holds results already \({re.escape(name)}\); give another --output_dir") as error:
@@ -314,6 +349,18 @@ def test_nan_is_never_written_and_a_bug_leaves_nothing(folder: DataFolder, tmp_p
     one = DataFolder(folder.files, folder.list_file, CASES[2:], None)
     with pytest.raises(ValueError, match="JSON"):
         evaluate(model(), CARD, one, tmp_path / "results", settings={"threshold": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_fails_leaves_nothing(folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(path: Path, *_: object, **__: object) -> None:
+        path.write_text("half a page")
+        raise UserError(f"{path}: cannot be written (disk full)")
+
+    monkeypatch.setattr("pgsam.engine.evaluate.write_report", full_disk)
+    one = DataFolder(folder.files, folder.list_file, CASES[2:], None)
+    with pytest.raises(UserError, match="disk full"):
+        evaluate(model(), CARD, one, tmp_path / "results", settings={})
     assert list(tmp_path.iterdir()) == []
 
 
