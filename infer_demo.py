@@ -1,16 +1,18 @@
-"""Segments a scan, or the bundled phantom with the bundled weights.
+"""Segments any scan, a folder of scans, or the bundled phantom with the bundled weights.
 
     python infer_demo.py                                            # the bundled case: DSC and HD95 against its reference, pictures in demo_output/
     python infer_demo.py -i scan.nii.gz -o out/                     # out/<scan>_seg.nii.gz on the scan's own grid, and out/<scan>.png
-    python infer_demo.py -i scan.nii.gz -o out/ --checkpoint runs/samed/final.safetensors --ckpt sam_vit_b_01ec64.pth
+    python infer_demo.py -i dicom_folder/ -o out/ --checkpoint runs/samed/final.safetensors --ckpt sam_vit_b_01ec64.pth
+    python infer_demo.py -i scans/ -o out/ --continue --reference labels/      # every scan of a folder, scored
 
-The bundled weights were trained on procedural phantoms: they show that the program works, and are good for nothing else. Intensity window,
-orientation, sizes and organ names come from the checkpoint. Not a medical device.
+NIfTI, NRRD, MetaImage, DICOM (folder, file, zip), npz, h5, and pictures (PNG, JPEG, TIFF), whose labels are a PNG. Intensity window, orientation,
+sizes and organ names come from the checkpoint; what the image is comes from its file unless --modality says it. The output folder also gets
+volumes in ml (volumes.csv), label tables for ITK-SNAP and 3D Slicer, and run.json. Exit code: 0, with --continue 1 if some scans failed, 2 if
+nothing was done. The bundled weights were trained on procedural phantoms: they show that the program works, and are good for nothing else.
+Not a medical device.
 """
 
 import argparse
-import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -26,13 +28,21 @@ DEMO_CASE = HERE / "checkpoints" / "demo_case.npy.h5"
 def build_parser() -> Parser:
     """The flags of infer_demo.py."""
     from pgsam.engine.flags import add_model_flags
+    from pgsam.volume_io import MODALITIES
 
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--config", metavar="FILE.json", help="flags as JSON; the command line goes before it")
-    add("-i", "--input", type=Path, help="scan, .nii or .nii.gz (default: the bundled phantom)")
+    add("-i", "--input", type=Path, help="scan, picture, DICOM series or folder of such (default: the bundled phantom)")
     add("-o", "--output", type=Path, default=Path("demo_output"), help="folder of the results (default %(default)s)")
     add_model_flags(parser, checkpoint=DEMO_CHECKPOINT)
+    add("--modality", choices=MODALITIES, help="what the images are (default: what their files say, else the checkpoint's)")
+    add("--window", type=float, nargs=2, metavar=("LO", "HI"), help="values that become 0 and 1, such as HU (default: by modality)")
+    add("--series", help="which series of a DICOM folder: its UID, the end of it, or its number in the list")
+    add("--reference", type=Path, help="true labels on the grid of the scan, or a folder of such: DSC, HD95 and a picture of the differences")
+    add("--label_map", help="how the labels of --reference become the checkpoint's classes: name in datasets/labels.py or a JSON file")
+    add("--largest_component", action="store_true", help="keep only the largest piece of every organ")
+    add("--continue", dest="go_on", action="store_true", help="with a folder: a bad scan does not stop the others")
     add(
         "--similarity",
         action="store_true",
@@ -52,19 +62,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"{args.output}: expected a folder for the results, found a file; give another -o")
     if args.input is None:
-        if args.slice_reports is not None or args.text_dir is not None:
-            raise UserError("--slice_reports, --text_dir: give the scan they are about with -i")
+        refuse_scan_flags(args)
         model = open_model(args, pick_device(args.device))
         refuse_similarity(args, model)
         run_bundled_case(model, args)
-    else:
-        from pgsam.volume_io import read_volume
+        return 0
+    from pgsam.engine.infer import find_inputs
 
-        scan = read_volume(args.input)
-        model = open_model(args, pick_device(args.device))
-        refuse_similarity(args, model)
-        segment_file(model, scan, args)
-    return 0
+    inputs = find_inputs(args.input, args.series)
+    if args.go_on and not args.input.is_dir():
+        raise UserError(f"--continue: {args.input} is one scan; leave it out")
+    model = open_model(args, pick_device(args.device))
+    refuse_similarity(args, model)
+    return segment_inputs(model, inputs, args)
+
+
+# Flags about a scan of the user's: name in args.
+SCAN_FLAGS = ("slice_reports", "text_dir", "modality", "window", "series", "reference", "label_map", "largest_component", "go_on")
+
+
+def refuse_scan_flags(args: argparse.Namespace) -> None:
+    """Raises a UserError for a flag that the bundled case would not look at."""
+    given = [f"--{'continue' if name == 'go_on' else name}" for name in SCAN_FLAGS if getattr(args, name)]
+    if given:
+        raise UserError(f"{', '.join(given)}: give the scan that it is about with -i")
 
 
 def refuse_similarity(args: argparse.Namespace, model) -> None:
@@ -104,53 +125,58 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
         print(f"wrote {similar}: how like each organ's report each place is")
 
 
-def segment_file(model, scan, args: argparse.Namespace) -> None:
-    """Segments one scan and writes labels, picture and run.json."""
-    import numpy as np
-    from tqdm import tqdm
-
+def segment_inputs(model, inputs: dict[str, Path], args: argparse.Namespace) -> int:
+    """Segments every scan, prints what was found, and returns the exit code."""
+    from datasets.labels import load_label_map
     from pgsam.engine.device import environment
-    from pgsam.engine.evaluate import save_case_picture, save_similarity_picture
-    from pgsam.engine.predict import segment_scan
+    from pgsam.engine.flags import jsonable
+    from pgsam.engine.infer import Options, find_references, infer
     from pgsam.engine.text_flags import notes_on_texts, open_slice_texts
     from pgsam.sam.weights import sha256_of
-    from pgsam.volume import Volume, reorient
-    from pgsam.volume_io import write_volume
 
-    card = model.card
-    name = re.sub(r"\.nii(\.gz)?$", "", args.input.name, flags=re.IGNORECASE)
-    slices = len(reorient(scan, card.orientation).array)
+    if args.label_map is not None and args.reference is None:
+        raise UserError("--label_map: is about the labels of --reference, which is not given; leave it out")
+    label_map = load_label_map(args.label_map) if args.label_map is not None else None
+    if label_map is not None and label_map.class_names != model.card.class_names:
+        raise UserError(
+            f"--label_map {args.label_map}: gives {', '.join(label_map.class_names)}; the checkpoint has {', '.join(model.card.class_names)}"
+        )
+    references = find_references(inputs, args.reference, label_map) if args.reference is not None else None
+    options = Options(
+        args.modality, tuple(args.window) if args.window else None, args.largest_component, args.batch_size, args.series, args.similarity
+    )
     reader = open_slice_texts(args, model)
-    texts = reader.read_case(name, slices) if reader is not None else None
-    started = time.perf_counter()
-    with tqdm(total=slices, desc="segmenting", unit="slice", disable=None) as bar:
-        labels, image = segment_scan(model, scan, card, batch_size=args.batch_size, texts=texts, progress=bar.update)
-    seconds = time.perf_counter() - started
-    notes = notes_on_texts(card, reader)
-    for note in notes:
-        print(note)
-    args.output.mkdir(parents=True, exist_ok=True)
-    target = args.output / f"{name}_seg.nii.gz"
-    write_volume(target, labels.array, labels)
-    turned = reorient(Volume(labels.array, scan.affine), card.orientation).array
-    save_case_picture(args.output / f"{name}.png", image.array, [("prediction", turned)], card, image.orientation, image.spacing_mm)
-    if args.similarity:
-        similar = args.output / f"{name}_similarity.png"
-        save_similarity_picture(similar, model, image.array, card, image.orientation, image.spacing_mm)
-    run = {
+    settings = {
         **environment(next(model.parameters()).device),
-        "seconds": round(seconds, 3),
-        "input": args.input.name,
-        "input_sha256": sha256_of(args.input),
+        "flags": jsonable(args),
         "checkpoint": args.checkpoint.name,
         "checkpoint_sha256": sha256_of(args.checkpoint),
-        "notes": notes,
     }
-    (args.output / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    ml = float(np.prod(scan.spacing_mm)) / 1000
-    for i, organ in enumerate(card.class_names):
-        print(f"{organ:16s} {np.count_nonzero(labels.array == i + 1) * ml:9.1f} ml")
-    print(f"{len(image.array)} slices in {seconds:.1f} s; wrote {target} and {args.output / f'{name}.png'}")
+    results = infer(model, inputs, args.output, options=options, references=references, texts=reader, settings=settings, go_on=args.go_on)
+    for note in notes_on_texts(model.card, reader):
+        print(note)
+    say_results(results, model.card.class_names, args.output)
+    failed = sum(result.error is not None for result in results)
+    return 0 if not failed else 2 if failed == len(results) else 1
+
+
+def say_results(results, class_names: Sequence[str], output: Path) -> None:
+    """Prints volumes and scores of one scan, a line a scan for several, and where everything lies."""
+    from pgsam.metrics import format_table, summarise
+
+    done = [result for result in results if result.error is None]
+    if len(results) == 1 and done:
+        for organ, count in done[0].voxels.items():
+            ml = done[0].millilitres(organ)
+            print(f"{organ:16s} {count:9d} pixels" if ml is None else f"{organ:16s} {ml:9.1f} ml")
+    measured = {result.name: result.metrics for result in done if result.metrics is not None}
+    if measured:
+        print(format_table(summarise(measured, class_names, "strict"), "strict"))
+    for result in done:
+        print(f"{result.name}: {result.seconds:.1f} s; wrote {', '.join(str(output / name) for name in result.written)}")
+    if len(results) > 1:
+        failed = [result.name for result in results if result.error is not None]
+        print(f"{len(done)} of {len(results)} scans segmented" + (f"; failed: {', '.join(failed)} (see run.json)" if failed else ""))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,14 @@ def _config_value(parser: Parser, action: argparse.Action, value: Any, place: st
         return value
     if value is None and action.default is None and not action.required:
         return None
+    if isinstance(action.nargs, int):
+        if not isinstance(value, list) or len(value) != action.nargs:
+            raise UserError(f"{place}: expected a list of {action.nargs}, found {value!r}")
+        return [_config_scalar(parser, action, item, place) for item in value]
+    return _config_scalar(parser, action, value, place)
+
+
+def _config_scalar(parser: Parser, action: argparse.Action, value: Any, place: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{place}: expected text or a number, found {value!r}")
     try:

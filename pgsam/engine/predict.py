@@ -8,12 +8,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from scipy.ndimage import find_objects
+from scipy.ndimage import label as connected_components
 
+from pgsam.engine.intensity import Intensity, choose_intensity
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.resample import resize_cubic, resize_nearest
 from pgsam.tuning.lora import lora_merged
-from pgsam.volume import Volume, reorient, scale_intensity
+from pgsam.volume import Volume, reorient
+from pgsam.volume_io import Scan
 
 Progress = Callable[[int], object]
 SliceTexts = torch.Tensor | Sequence[str]
@@ -40,11 +44,11 @@ def segment_slices(
     texts: SliceTexts | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Labels `[D, H, W]` uint8 of a volume `[D, H, W]` float32 in [0, 1] whose slices lie as in training.
+    """Labels `[D, H, W]` uint8 of a volume in [0, 1] whose slices lie as in training.
 
     Args:
         model: in evaluation mode; takes `(B, 3, S, S)` and gives `masks`.
-        volume: float32, scaled to [0, 1].
+        volume: float32, scaled to [0, 1]: `[D, H, W]`, or in colour `[D, 3, H, W]`.
         input_size: see `ModelCard`; every slice goes through this size, as in training.
         batch_size: slices at a time; `default_batch_size` if None.
         texts: a report on each slice as `PGSam.forward` takes it, for models that read such; without it every slice gets the learned null text.
@@ -53,23 +57,25 @@ def segment_slices(
     device = next(model.parameters()).device
     size = model.img_size
     batch_size = batch_size or default_batch_size(size, device)
-    labels = np.empty(volume.shape, dtype=np.uint8)
+    shape = volume.shape[-2:]
+    labels = np.empty((len(volume), *shape), dtype=np.uint8)
     with lora_merged(model):
         for start in range(0, len(volume), batch_size):
             images = _to_images(volume[start : start + batch_size], input_size, size, device)
             told = {} if texts is None else {"text": texts_to(texts[start : start + batch_size], device)}
             masks = model(images, **told)["masks"]
             found = masks.argmax(dim=1).to(torch.uint8).cpu().numpy()
-            labels[start : start + batch_size] = resize_nearest(found, volume.shape[1:])
+            labels[start : start + batch_size] = resize_nearest(found, shape)
             if progress is not None:
                 progress(len(images))
     return labels
 
 
 def _to_images(slices: np.ndarray, input_size: int, size: int, device: torch.device) -> torch.Tensor:
-    """Slices `[D, H, W]` as the network's input, `(D, 3, size, size)`: by cubic splines to `input_size`, then to `size`."""
+    """Slices `[D, H, W]` or `[D, 3, H, W]` as the network's input, `(D, 3, size, size)`: by cubic splines to `input_size`, then to `size`."""
     resized = resize_cubic(resize_cubic(slices.astype(np.float32, copy=False), (input_size, input_size)), (size, size))
-    return torch.from_numpy(np.ascontiguousarray(resized)).to(device)[:, None].expand(-1, 3, -1, -1)
+    images = torch.from_numpy(np.ascontiguousarray(resized)).to(device)
+    return images if images.ndim == 4 else images[:, None].expand(-1, 3, -1, -1)
 
 
 @torch.inference_mode()
@@ -87,20 +93,54 @@ def similarity_maps(model: SliceModel, slices: np.ndarray, *, input_size: int) -
 
 def segment_scan(
     model: SliceModel,
-    scan: Volume,
+    scan: Scan,
     card: ModelCard,
     *,
+    intensity: Intensity | None = None,
+    largest_component: bool = False,
     batch_size: int | None = None,
     texts: SliceTexts | None = None,
     progress: Progress | None = None,
 ) -> tuple[Volume, Volume]:
-    """Segments a scan in its own units (HU for a CT) and orientation; `texts` are in the order of the slices in the checkpoint's orientation.
+    """Segments a scan in its own units (HU for a CT) and orientation.
+
+    Args:
+        model, card: of one checkpoint.
+        scan: in any orientation; its slices are cut as the checkpoint's were.
+        intensity: how its values become [0, 1]; `choose_intensity` if None.
+        largest_component: keep only the largest piece of every organ.
+        batch_size, progress: as `segment_slices`.
+        texts: as `segment_slices`, in the order of the slices in the checkpoint's orientation.
 
     Returns:
-        The labels on exactly the grid of `scan`, and the image as the network saw it (in [0, 1], in the checkpoint's orientation).
+        The labels on exactly the grid of `scan`, and the grey image as the network saw it (in [0, 1], in the checkpoint's orientation).
     """
-    turned = reorient(scan, card.orientation)
-    image = Volume(scale_intensity(turned.array, card.image_kind, card.window), turned.affine)
-    labels = segment_slices(model, image.array, input_size=card.input_size, batch_size=batch_size, texts=texts, progress=progress)
-    back = reorient(Volume(labels, turned.affine), scan.orientation)
-    return Volume(np.ascontiguousarray(back.array), scan.affine), image
+    intensity = intensity or choose_intensity(scan, card)
+    turned = reorient(scan.volume, card.orientation)
+    image = Volume(intensity.scale(turned.array), turned.affine)
+    slices = image.array
+    if scan.colour is not None and card.image_kind == "rgb":
+        channels = [reorient(Volume(scan.colour[..., c], scan.volume.affine), card.orientation).array for c in range(3)]
+        slices = intensity.scale(np.stack(channels, axis=1))
+    labels = segment_slices(model, slices, input_size=card.input_size, batch_size=batch_size, texts=texts, progress=progress)
+    if largest_component:
+        labels = keep_largest(labels)
+    back = reorient(Volume(labels, turned.affine), scan.volume.orientation)
+    return Volume(np.ascontiguousarray(back.array), scan.volume.affine), image
+
+
+def keep_largest(labels: np.ndarray) -> np.ndarray:
+    """Labels `[D, H, W]` with only the largest connected piece of every organ; voxels that share a corner are connected.
+
+    Of pieces of one size the first in array order stays.
+    """
+    cleaned = labels.copy()
+    for value, window in enumerate(find_objects(labels), start=1):
+        if window is None:
+            continue
+        pieces, count = connected_components(labels[window] == value, np.ones((3,) * labels.ndim))
+        if count > 1:
+            sizes = np.bincount(pieces.ravel())
+            sizes[0] = 0
+            cleaned[window][(pieces > 0) & (pieces != sizes.argmax())] = 0
+    return cleaned

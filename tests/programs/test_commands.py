@@ -115,7 +115,7 @@ def tested(trained, prepared, tmp_path_factory):
 
 def test_the_results_folder_is_as_designed(tested):
     cases = ["case0008", "case0022"]
-    assert {path.name for path in tested.iterdir()} == {"metrics.json", "metrics.csv", "test_log", "predictions", "overlays"}
+    assert {path.name for path in tested.iterdir()} == {"metrics.json", "metrics.csv", "report.html", "test_log", "predictions", "overlays"}
     predictions = {f"{case}_{kind}.nii.gz" for case in cases for kind in ("pred", "img", "gt")}
     assert {path.name for path in (tested / "predictions").iterdir()} == predictions
     results = strict_json(tested / "metrics.json")
@@ -203,7 +203,8 @@ def test_a_scan_gets_the_labels_that_testing_gave_it(call, tested, trained, raw,
     scan = shutil.copy(raw / "Training" / "img" / "img0008.nii.gz", tmp_path / "scan.nii.gz")
     result = call("infer_demo", "-i", scan, "-o", tmp_path / "out", "--checkpoint", trained / "final.safetensors", "--device", "cpu")
     assert (result.code, result.err) == (0, "")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"scan_seg.nii.gz", "scan.png", "run.json"}
+    tables = {"labels_itksnap.txt", "labels_slicer.ctbl", "volumes.csv", "run.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"scan_seg.nii.gz", "scan.png", *tables}
     labels, affine = nifti(tmp_path / "out" / "scan_seg.nii.gz")
     np.testing.assert_array_equal(labels, nifti(tested / "predictions" / "case0008_pred.nii.gz")[0])
     assert np.issubdtype(labels.dtype, np.integer)

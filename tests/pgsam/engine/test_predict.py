@@ -16,6 +16,7 @@ from pgsam.models.card import ModelCard
 from pgsam.models.samed import SAMED
 from pgsam.tuning.lora import unmerge_lora
 from pgsam.volume import Volume, reorient
+from pgsam.volume_io import Scan
 
 SIZE, INPUT = 64, 56
 NAMES = ("liver", "spleen", "aorta")
@@ -148,13 +149,13 @@ def scan(oblique: bool = False) -> Volume:
 def segmented(model: SliceModel) -> dict[str, Volume]:
     """Labels of the scan as it is, by image kind."""
     cards = {"ct_window": CARD, "percentile": ModelCard(SAMED, "vit_tiny", SIZE, INPUT, NAMES, image_kind="percentile", window=None)}
-    return {kind: segment_scan(model, scan(), card)[0] for kind, card in cards.items()}
+    return {kind: segment_scan(model, Scan(scan(), "scan"), card)[0] for kind, card in cards.items()}
 
 
 def test_a_scan_in_the_orientation_of_the_checkpoint(model: SliceModel, segmented: dict[str, Volume]) -> None:
     source = scan()
     assert source.orientation == CARD.orientation == "LAS"
-    labels, image = segment_scan(model, source, CARD)
+    labels, image = segment_scan(model, Scan(source, "scan"), CARD)
     window = (np.clip(source.array.astype(np.float64), -125, 275) + 125) / 400
     np.testing.assert_allclose(image.array, window, rtol=0, atol=1e-6)
     assert image.array.dtype == np.float32
@@ -170,7 +171,7 @@ def test_how_a_scan_is_stored_moves_no_label(model: SliceModel, segmented: dict[
     card = ModelCard(SAMED, "vit_tiny", SIZE, INPUT, NAMES, image_kind=kind, window=CARD.window if kind == "ct_window" else None)
     source = reorient(scan(oblique), code)
     before = source.array.copy()
-    labels, image = segment_scan(model, source, card)
+    labels, image = segment_scan(model, Scan(source, "scan"), card)
     wanted = reorient(Volume(segmented[kind].array, scan(oblique).affine), code)
     assert labels.array.shape == source.array.shape
     np.testing.assert_array_equal(labels.array, wanted.array)
@@ -184,7 +185,7 @@ def test_how_a_scan_is_stored_moves_no_label(model: SliceModel, segmented: dict[
 
 def test_the_window_is_the_checkpoints(model: SliceModel) -> None:
     source = scan()
-    labels, image = segment_scan(model, source, ModelCard(SAMED, "vit_tiny", SIZE, INPUT, NAMES, window=(-200.0, 300.0)))
+    labels, image = segment_scan(model, Scan(source, "scan"), ModelCard(SAMED, "vit_tiny", SIZE, INPUT, NAMES, window=(-200.0, 300.0)))
     window = (np.clip(source.array.astype(np.float64), -200, 300) + 200) / 500
     np.testing.assert_allclose(image.array, window, rtol=0, atol=1e-6)
     assert_alike(labels.array, published_labels(model, window.astype(np.float32), INPUT))
@@ -192,5 +193,5 @@ def test_the_window_is_the_checkpoints(model: SliceModel) -> None:
 
 def test_the_orientation_matters(model: SliceModel, segmented: dict[str, Volume]) -> None:
     """Without turning the slices first, a mirrored scan would get other labels; the card says which way they lie."""
-    mirrored = segment_scan(model, scan(), ModelCard(SAMED, "vit_tiny", SIZE, INPUT, NAMES, orientation="RPS"))[0]
+    mirrored = segment_scan(model, Scan(scan(), "scan"), ModelCard(SAMED, "vit_tiny", SIZE, INPUT, NAMES, orientation="RPS"))[0]
     assert np.count_nonzero(mirrored.array != segmented["ct_window"].array) > 50
