@@ -3,15 +3,22 @@
     python test.py --checkpoint runs/pg_sam/final.safetensors --data_dir data/Synapse --output_dir results/pg_sam --is_savenii
     python test.py --lora_ckpt epoch_159.pth --ckpt sam_vit_b_01ec64.pth --volume_path data/Synapse --output_dir results/published   # SAMed's file
 
---volume_path takes the prepared folder or its test_vol_h5; the list is lists/test_vol.txt beside it unless --list_dir says otherwise. Module,
+--volume_path takes the prepared folder or its test_vol_h5; the list is lists/test_vol.txt beside it unless --list_dir says otherwise. It takes a
+raw folder too, of BTCV, FLARE22, nnU-Net or the Medical Segmentation Decathlon, which is prepared in --prepared as train.py does. Module,
 ViT, rank, classes and sizes come from the checkpoint; a flag that contradicts it is an error. The output folder gets metrics.json, metrics.csv,
-test_log/log.txt, overlays/ and, with --is_savenii, predictions/*.nii.gz on the grid of the original scans, all at once when every case has passed.
+report.html (both protocols, box plots, every case and the worst slices on one page, which needs nothing beside it), test_log/log.txt, overlays/ and,
+with --is_savenii, predictions/*.nii.gz on the grid of the original scans, all at once when every case has passed.
 """
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from pgsam.errors import Parser, reports_user_errors
+from pgsam.errors import Parser, UserError, reports_user_errors
+
+if TYPE_CHECKING:
+    from datasets.layout import DataFolder
+    from pgsam.models.card import ModelCard
 
 
 def build_parser() -> Parser:
@@ -23,8 +30,11 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--config", metavar="FILE.json", help="flags as JSON; the command line goes before it")
     add_model_flags(parser)
-    add("--volume_path", "--data_dir", default="testset/test_vol_h5", help="prepared folder, or its test_vol_h5 (default %(default)s)")
-    add("--dataset", default="Synapse", choices=list(DATASETS), help="names the default list folder (default %(default)s)")
+    what = "prepared folder or its test_vol_h5, or a raw dataset (default %(default)s)"
+    add("--volume_path", "--data_dir", default="testset/test_vol_h5", help=what)
+    add("--prepared", metavar="DIR", help="where a raw dataset is prepared (default data/<its name>)")
+    what = "split and classes of raw BTCV or FLARE22; names the default list folder (default: as the raw files, else Synapse)"
+    add("--dataset", choices=list(DATASETS), help=what)
     add("--list_dir", help="folder of test_vol.txt")
     add("--output_dir", default="test_output", help="results; must not hold any yet (default %(default)s)")
     add("--is_savenii", action="store_true", help="write predictions, images and references as NIfTI")
@@ -34,27 +44,38 @@ def build_parser() -> Parser:
     return parser
 
 
+def refuse_other_classes(card: "ModelCard", folder: "DataFolder") -> None:
+    """Raises a UserError if the volumes were labelled with other classes than the checkpoint's, as far as their manifest says."""
+    stored = tuple((folder.manifest or {}).get("class_names", card.class_names))
+    if stored != card.class_names:
+        raise UserError(
+            f"{folder.files.parent}: expected volumes with the checkpoint's classes ({', '.join(card.class_names)}), found {', '.join(stored)} "
+            "(manifest.json); prepare them with a --label_map to these classes"
+        )
+
+
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
-    from datasets.layout import find_data
     from datasets.volumes import case_path, check_case_header
     from pgsam.engine.device import environment, pick_device
     from pgsam.engine.evaluate import evaluate, refuse_overlap
     from pgsam.engine.flags import check_model_flags, jsonable, open_model, parse, refuse_torchrun, require_at_least
     from pgsam.engine.text_flags import open_slice_texts
     from pgsam.engine.train import seed_everything
+    from preprocess.raw import open_data
 
     args = parse(build_parser(), argv)
     refuse_torchrun()
     check_model_flags(args)
     require_at_least(args, seed=0)
     device = pick_device(args.device)
-    folder = find_data(args.volume_path, "test_vol_h5", "test_vol.txt", list_dir=args.list_dir, dataset=args.dataset)
+    folder = open_data(args.volume_path, "test", list_dir=args.list_dir, dataset=args.dataset, prepared=args.prepared)
     for name in folder.names:
         check_case_header(case_path(folder, name), name)
     seed_everything(args.seed, bool(args.deterministic))
     model = open_model(args, device)
+    refuse_other_classes(model.card, folder)
     refuse_overlap(model.card, folder, args.allow_overlap)
     texts = open_slice_texts(args, model)
     evaluate(

@@ -1,12 +1,16 @@
-"""Trains a SAM-based segmenter on prepared slices: PG-SAM, unless --module says otherwise.
+"""Trains a SAM-based segmenter on slices: PG-SAM, unless --module says otherwise.
 
-Prepare the data first (preprocess/synapse.py for BTCV's raw layout, preprocess/nifti.py for any labelled NIfTI), then
+Prepare the data first (preprocess/nifti.py for any labelled scans), or name a raw folder of BTCV, FLARE22, nnU-Net or the Medical Segmentation
+Decathlon, then
 
     python train.py --root_path data/Synapse --output runs/pg_sam --warmup --AdamW                 # Meta's file at its default place
     python train.py --root_path data/Synapse --output runs/samed --module sam_lora_image_encoder --ckpt weights/sam_vit_b_01ec64.pth
+    python train.py --root_path Dataset001_Liver --output runs/liver                                 # raw: prepared in data/Dataset001_Liver first
     python train.py --root_path data/mine --output runs/tiny --vit_name vit_tiny --ckpt none --tune full --class_tokens text
 
---root_path takes the prepared folder or its train_npz; the list is lists/train.txt beside it unless --list_dir says otherwise. The output
+--root_path takes the prepared folder or its train_npz; the list is lists/train.txt beside it unless --list_dir says otherwise. A raw folder is
+prepared in --prepared, and the next time only what has changed; its test cases (published, labelsTs, or a fifth of the cases) are not trained on.
+Other label maps, windows and splits: preprocess/. A patient who is in the test list too is refused unless --allow_overlap. The output
 folder gets config.json, command.txt, env.json, log.txt, history.csv, tensorboard/, last.pt and, at the end, final.safetensors, which test.py
 and infer_demo.py read. Defaults of a flag marked (by module) are those of the published method; --root_path and --output default to the names
 that PG-SAM's README uses. PG-SAM's organ reports are built in; --reports gives others, and --slice_reports adds one on each slice.
@@ -15,6 +19,7 @@ that PG-SAM's README uses. PG-SAM's organ reports are built in; --reports gives 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,15 +77,16 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--config", metavar="FILE.json", help="flags as JSON; the command line goes before it")
-    add("--root_path", default="data/Synapse", help="prepared folder, or its train_npz (default %(default)s)")
+    add("--root_path", default="data/Synapse", help="prepared folder or its train_npz, or a raw dataset (default %(default)s)")
+    add("--prepared", metavar="DIR", help="where a raw dataset is prepared (default data/<its name>)")
     add("--output", default="output", help="folder of this run; new or empty (default %(default)s)")
     add(
         "--dataset",
-        default="Synapse",
         choices=list(DATASETS),
-        help="names the classes where the data has no manifest (default %(default)s)",
+        help="split and classes of raw BTCV or FLARE22; names the classes of prepared data without a manifest (default: as the files, else Synapse)",
     )
     add("--list_dir", help="folder of train.txt")
+    add("--allow_overlap", action="store_true", help="train on patients who are in the test list too")
     add("--num_classes", type=int, help="foreground classes (default: the data's manifest, else the dataset's)")
     add("--module", default=DEFAULT_MODULE, choices=list(BUILDERS), help="method (default %(default)s)")
     add("--vit_name", default="vit_b", choices=list(VITS), help="image encoder (default %(default)s)")
@@ -190,11 +196,11 @@ def resolve_text(args: argparse.Namespace) -> None:
 
 def class_names_of(folder: "DataFolder", args: argparse.Namespace) -> tuple[str, ...]:
     """The classes of the data: its manifest's, else those of `--dataset`, else as many as `--num_classes` without names."""
-    from datasets.labels import DATASETS
+    from datasets.labels import DATASETS, DEFAULT_DATASET
     from pgsam.volume import BTCV_ORIENTATION, CT_WINDOW
 
     manifest = folder.manifest or {}
-    names = tuple(manifest.get("class_names") or DATASETS[args.dataset].label_map.class_names)
+    names = tuple(manifest.get("class_names") or DATASETS[args.dataset or DEFAULT_DATASET].label_map.class_names)
     if args.num_classes is not None and args.num_classes != len(names):
         if manifest:
             raise UserError(f"--num_classes {args.num_classes}: the manifest of {folder.files.parent} says {len(names)} ({', '.join(names)})")
@@ -208,8 +214,25 @@ def class_names_of(folder: "DataFolder", args: argparse.Namespace) -> tuple[str,
     return names
 
 
+def refuse_overlap(folder: "DataFolder", allowed: bool) -> None:
+    """Raises a UserError if a patient of the training list is in the test list beside it."""
+    from datasets.layout import find_data
+
+    tests = folder.list_file.with_name("test_vol.txt")
+    if allowed or not tests.is_file() or not tests.read_bytes().strip():
+        return
+    tested = replace(folder, names=find_data(folder.files, "test_vol_h5", tests.name, list_dir=tests.parent).names)
+    both = sorted(set(folder.patients()) & set(tested.patients()))
+    if both:
+        raise UserError(
+            f"{tests}: {len(both)} of the patients are in {folder.list_file.name} too ({', '.join(both[:5])}); correct the split, or give "
+            "--allow_overlap"
+        )
+
+
 def card_of(folder: "DataFolder", names: tuple[str, ...], ckpt: Path | None, options: dict, args: argparse.Namespace) -> "ModelCard":
     """The card of the model to be trained: its settings, what it will have seen, and the SAM file it starts from."""
+    from datasets.labels import DEFAULT_DATASET
     from pgsam.models.card import ModelCard
     from pgsam.sam.weights import sha256_of
     from pgsam.volume import BTCV_ORIENTATION, CT_WINDOW
@@ -227,7 +250,7 @@ def card_of(folder: "DataFolder", names: tuple[str, ...], ckpt: Path | None, opt
         window=tuple(manifest["window"]) if manifest.get("window") else None,
         class_tokens=args.class_tokens or "learned",
         options=options,
-        dataset=args.dataset,
+        dataset=manifest.get("dataset") or args.dataset or DEFAULT_DATASET,
         training_cases=folder.cases(),
         training_patients=folder.patients(),
         sam_sha256=sha256_of(ckpt) if ckpt is not None else None,
@@ -255,7 +278,6 @@ def text_settings_of(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
     from datasets.augment import AUGMENTATIONS
-    from datasets.layout import find_data
     from datasets.slices import SliceDataset
     from pgsam.engine.checkpoint import start_from, with_told
     from pgsam.engine.device import pick_device
@@ -266,13 +288,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pgsam.models.pg_sam import PGSam, text_dim
     from pgsam.sam.weights import require_file
     from pgsam.tuning.trainable import trainable_report
+    from preprocess.raw import open_data
 
     args = parse(build_parser(), argv)
     refuse_torchrun()
     resolve(args)
     device = pick_device(args.device)
     RunFolder.check_free(args.output)
-    folder = find_data(args.root_path, "train_npz", "train.txt", list_dir=args.list_dir, dataset=args.dataset)
+    ckpt = resolve_ckpt(args.ckpt, args.vit_name)
+    if ckpt is not None:  # before a raw dataset is prepared, which takes a while
+        require_file(ckpt, f"the official SAM file of {args.vit_name}")
+    folder = open_data(args.root_path, "train", list_dir=args.list_dir, dataset=args.dataset, prepared=args.prepared)
+    refuse_overlap(folder, args.allow_overlap)
     names = class_names_of(folder, args)
     dataset = SliceDataset(
         folder,
@@ -283,9 +310,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         augment=AUGMENTATIONS[args.augment],
     )
     store = read_store(args)
-    ckpt = resolve_ckpt(args.ckpt, args.vit_name)
-    if ckpt is not None:
-        require_file(ckpt, f"the official SAM file of {args.vit_name}")
     seed_everything(args.seed, bool(args.deterministic))
     options = options_of(args, slice_text=store is not None)
     model = build_model(

@@ -163,6 +163,8 @@ class DatasetLabels(NamedTuple):
     num_classes: int
 
 
+DEFAULT_DATASET = "Synapse"  # of data that say nothing themselves
+
 DATASETS: dict[str, DatasetLabels] = {
     dataset: DatasetLabels(LABEL_MAPS[name], LABEL_MAPS[name].num_classes)
     for dataset, name in {

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,17 @@ _TRAIN, _TEST, _LISTS = "train_npz", "test_vol_h5", "lists"
 
 @dataclass(frozen=True)
 class Case:
-    """One image and its label map, the name of their outputs, the split ("train" or "test") and whose scan it is."""
+    """One image and its labels, the name of their outputs, the split ("train" or "test") and whose scan it is.
+
+    `image` and `label` are files, or folders of DICOM slices. `label_map` is None where the settings' fits.
+    """
 
     name: str
     split: str
     patient: str
     image: Path
     label: Path
+    label_map: LabelMap | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,12 @@ class Settings:
 
     Args:
         source_root: folder to which the manifest's paths are relative.
-        label_map: source labels -> classes.
+        label_map: source labels -> classes; a case may have another map to the same classes.
         image_kind, window: as `pgsam.volume.scale_intensity`; None for percentiles.
         orientation: axis codes that image and label are brought to; None keeps the order of the files.
         trim_classes: drop the classes above the highest one that occurs, for a label map made without knowing the labels.
         strict_grid: refuse an image and a label whose headers place them apart; otherwise only their shapes must agree, and the distance is noted.
+        dataset: what the manifest calls the data, None where they have no name.
     """
 
     source_root: Path
@@ -71,6 +77,11 @@ class Settings:
     orientation: str | None = None
     trim_classes: bool = False
     strict_grid: bool = True
+    dataset: str | None = None
+
+    def map_of(self, case: Case) -> LabelMap:
+        """The label map that a case is read with."""
+        return case.label_map or self.label_map
 
 
 def preprocess(cases: Sequence[Case], settings: Settings, output: Path, *, num_workers: int = 0, overwrite: bool = False) -> dict[str, Any]:
@@ -84,6 +95,7 @@ def preprocess(cases: Sequence[Case], settings: Settings, output: Path, *, num_w
         UserError: the cases contradict each other (before any work), or a case is bad (the finished ones stay).
     """
     check_cases(cases)
+    _check_label_maps(cases, settings)
     if settings.orientation is not None:
         check_orientation(settings.orientation)
     if settings.image_kind == "ct_window":
@@ -96,7 +108,7 @@ def preprocess(cases: Sequence[Case], settings: Settings, output: Path, *, num_w
         for name in ("train.txt", "test_vol.txt"):
             (output / _LISTS / name).unlink(missing_ok=True)
         _write_manifest(cases, finished, settings, output)
-    with tqdm(total=len(cases), initial=len(cases) - len(todo), unit="case", desc=output.name) as progress:
+    with tqdm(total=len(cases), initial=len(cases) - len(todo), unit="case", desc=output.name, disable=None if todo else True) as progress:
         for name, entry in _run(todo, settings, output, num_workers):
             finished[name] = entry
             _write_manifest(cases, finished, settings, output)
@@ -124,10 +136,14 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
     return "\n".join(lines)
 
 
+def default_workers() -> int:
+    """Processes that prepare cases: one a core, at most 8, since each holds a scan in memory."""
+    return min(8, os.cpu_count() or 1)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that both scripts have."""
-    workers = min(8, os.cpu_count() or 1)
-    parser.add_argument("--num_workers", type=int, default=workers, help="processes, 0 or 1 for none of its own (default %(default)s)")
+    """The flags that all scripts have."""
+    parser.add_argument("--num_workers", type=int, default=default_workers(), help="processes, 0 or 1 for none of its own (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="make every case again, also over files that others have made")
 
 
@@ -139,7 +155,7 @@ def check_cases(cases: Sequence[Case]) -> None:
     """
     if not cases:
         raise UserError("expected at least one case, found none")
-    absent = [f"{path} (case {case.name})" for case in cases for path in (case.image, case.label) if not path.is_file()]
+    absent = [f"{path} (case {case.name})" for case in cases for path in (case.image, case.label) if not path.exists()]
     if absent:
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
         raise UserError(f"no such file: {', '.join(absent[:5])}{more}; check the list and its folder")
@@ -160,6 +176,21 @@ def check_cases(cases: Sequence[Case]) -> None:
         other = split_of.setdefault(case.patient, case)
         if other.split != case.split:
             raise UserError(f"patient {case.patient} is in training and test (cases {other.name}, {case.name}); put both in one split")
+
+
+def _check_label_maps(cases: Sequence[Case], settings: Settings) -> None:
+    """Raises a UserError unless all label maps lead to the same classes in the same order."""
+    expected = settings.label_map
+    for case in cases:
+        label_map = settings.map_of(case)
+        if label_map.class_names == expected.class_names:
+            continue
+        pairs = enumerate(zip_longest(label_map.class_names, expected.class_names, fillvalue="no class"), start=1)
+        number, (found, wanted) = next((number, names) for number, names in pairs if names[0] != names[1])
+        raise UserError(
+            f"case {case.name}: expected the same classes in the same order from all label maps, found class {number} to be {found} in "
+            f"'{label_map.name}' and {wanted} in '{expected.name}'; give maps to one list of classes (--label_map)"
+        )
 
 
 # --- one case ---------------------------------------------------------------------------------------------------------------------------
@@ -233,7 +264,7 @@ def _read_case(case: Case, settings: Settings) -> tuple[Volume, np.ndarray, str,
             "resample the label onto the image or put its header right"
         )
     try:
-        classes = settings.label_map.apply(label.array)
+        classes = settings.map_of(case).apply(label.array)
     except UserError as error:
         raise UserError(f"{case.label}: {error}") from error
     return image, classes, source_orientation, distance
@@ -259,9 +290,15 @@ def _relative(path: Path, settings: Settings) -> str:
 
 def _fingerprint(case: Case, settings: Settings) -> str:
     """Changes with the source files (size, time of change) and with everything that shapes the outputs."""
-    files = [(_relative(path, settings), path.stat().st_size, path.stat().st_mtime_ns) for path in (case.image, case.label)]
-    made_by = (MANIFEST_FORMAT, settings.label_map, settings.image_kind, settings.window, settings.orientation, settings.strict_grid)
+    files = [entry for path in (case.image, case.label) for entry in _state(path, settings)]
+    made_by = (MANIFEST_FORMAT, settings.map_of(case), settings.image_kind, settings.window, settings.orientation, settings.strict_grid)
     return hashlib.sha256(repr((files, case.split, case.patient, made_by)).encode()).hexdigest()[:32]
+
+
+def _state(path: Path, settings: Settings) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of a file, or of all files in a folder of DICOM slices."""
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+    return [(_relative(file, settings), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 # --- all cases --------------------------------------------------------------------------------------------------------------------------
@@ -308,10 +345,10 @@ def _finished_cases(cases: Iterable[Case], settings: Settings, output: Path, ove
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != MANIFEST_FORMAT:
             raise UserError(f"{path}: expected format {MANIFEST_FORMAT}, found {manifest['format']}; use another folder or --overwrite")
-        entries = {case: manifest["cases"][case.name] for case in cases if case.name in manifest["cases"]}
+        entries = [(case, manifest["cases"][case.name]) for case in cases if case.name in manifest["cases"]]
         return {
             case.name: entry
-            for case, entry in entries.items()
+            for case, entry in entries
             if entry["fingerprint"] == _fingerprint(case, settings)
             and on_disk.issuperset(file.name for file in _output_paths(case, entry["n_slices"], output))
         }
@@ -319,7 +356,7 @@ def _finished_cases(cases: Iterable[Case], settings: Settings, output: Path, ove
         raise UserError(f"{path}: expected a manifest of these scripts, found something else ({error!r}); --overwrite replaces it") from error
 
 
-def _write_manifest(cases: Iterable[Case], finished: dict[str, dict[str, Any]], settings: Settings, output: Path) -> dict[str, Any]:
+def _write_manifest(cases: Sequence[Case], finished: dict[str, dict[str, Any]], settings: Settings, output: Path) -> dict[str, Any]:
     entries = {case.name: finished[case.name] for case in cases if case.name in finished}
     class_names = settings.label_map.class_names
     if settings.trim_classes:
@@ -329,7 +366,8 @@ def _write_manifest(cases: Iterable[Case], finished: dict[str, dict[str, Any]], 
         "format": MANIFEST_FORMAT,
         "class_names": list(class_names),
         "num_classes": len(class_names),
-        "label_map": settings.label_map.name,
+        "dataset": settings.dataset,
+        "label_map": ", ".join(sorted({settings.map_of(case).name for case in cases})),
         "image_kind": settings.image_kind,
         "window": list(settings.window) if settings.window else None,
         "orientation": orientations.pop() if len(orientations) == 1 else None,

@@ -1,49 +1,52 @@
-r"""Any labelled NIfTI scans -> training slices and test volumes, all turned to one orientation (permuted and flipped, never resampled).
+r"""Any labelled scans -> training slices and test volumes, all turned to one orientation (permuted and flipped, never resampled).
 
     python preprocess/nifti.py --pairs pairs.csv --output data/mine --label_map synapse8
     python preprocess/nifti.py --nnunet Dataset001_Liver --output data/liver --test_fraction 0.2
+    python preprocess/nifti.py --nnunet Dataset001_BTCV Dataset022_FLARE22 --output data/both --label_map synapse8 flare22
     python preprocess/nifti.py --pairs mr.csv --output data/mr --image_kind percentile
 
-`--pairs`: a CSV file with the columns case, image, label, split (train or test) and, if one patient has several cases, patient; paths are
-relative to its folder. `--nnunet`: a folder of nnU-Net with dataset.json, imagesTr/NAME_0000.nii.gz, labelsTr/NAME.nii.gz, one channel;
-the test cases are imagesTs with labelsTs, or those named in the file `--test_cases`, or a share of the training cases.
+`--pairs`: a CSV file with the columns case, image, label, split (train or test) and perhaps patient (if one patient has several cases) and
+label_map (a name in datasets/labels.py or a JSON file; where the cell is empty, `--label_map`); paths are relative to its folder, and may name
+files of any format or folders of DICOM slices. `--nnunet`: one or several raw folders of nnU-Net (version 1 or 2) or of the Medical
+Segmentation Decathlon, one channel (see preprocess/nnunet.py); the test cases are imagesTs with labelsTs, or those named in the file
+`--test_cases`, or a share of the patients of imagesTr. With several folders a case is called FOLDER_CASE. `--patient_regex` says whose scan a
+case is, so that no patient is in both splits.
 
-Without `--label_map` the labels stay as they are, with nnU-Net's names or "label 1" and so on. See preprocess/common.py for what is
-written; run it again to resume.
+Without `--label_map` the labels stay as they are, with nnU-Net's names or "label 1" and so on; several maps must lead to the same classes in
+the same order. See preprocess/common.py for what is written; run it again to resume.
 """
 
 import argparse
 import csv
-import json
-import random
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.labels import LabelMap, identity_label_map, load_label_map
+from datasets.labels import LABEL_MAPS, LabelMap, identity_label_map, load_label_map
 from pgsam.errors import Parser, UserError, reports_user_errors
 from pgsam.volume import BTCV_ORIENTATION, CT_WINDOW, IMAGE_KINDS
 from preprocess.common import Case, Settings, add_common_arguments, preprocess, summary
+from preprocess.nnunet import DEFAULT_SEED, DEFAULT_TEST_FRACTION, MOST_LABELS, NnunetFolder, read_nnunet, split_cases
 
 _COLUMNS = ("case", "image", "label", "split")
-_OPTIONAL_COLUMNS = ("patient",)
-DEFAULT_TEST_FRACTION = 0.2  # of an nnU-Net folder without labelsTs, as one of nnU-Net's five folds
-_MOST_LABELS = 255  # labels are uint8 between reading and writing
+_OPTIONAL_COLUMNS = ("patient", "label_map")
 
 
 # --- a list of pairs --------------------------------------------------------------------------------------------------------------------
 
 
-def read_pairs(path: Path) -> list[Case]:
-    """The cases of a CSV file; a case without patient is a patient of its own.
+def read_pairs(path: Path, patient_of: Callable[[str], str] | None = None) -> list[Case]:
+    """The cases of a CSV file; a case without patient is what `patient_of` makes of its name, by default a patient of its own.
 
     Raises:
-        UserError: no such file, other columns than expected, or an empty cell.
+        UserError: no such file, other columns than expected, an empty cell, or no such label map.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; --pairs is a CSV file with the columns {', '.join(_COLUMNS)}")
@@ -52,141 +55,61 @@ def read_pairs(path: Path) -> list[Case]:
             rows = csv.DictReader(file, skipinitialspace=True)
             columns = [column.strip() for column in rows.fieldnames or ()]
             if not set(_COLUMNS) <= set(columns) or len(set(columns)) < len(columns):
-                wanted = f"{', '.join(_COLUMNS)} and perhaps patient, separated by commas"
+                wanted = f"{', '.join(_COLUMNS)} and perhaps {', '.join(_OPTIONAL_COLUMNS)}, separated by commas"
                 raise UserError(f"{path}: expected the columns {wanted}, found {', '.join(columns) or 'none'}")
             unread = [column for column in columns if column not in (*_COLUMNS, *_OPTIONAL_COLUMNS)]
             if unread:
                 print(f"{path}: the columns {', '.join(unread)} are not read")
             rows.fieldnames = columns
-            return [_case_of_row(row, f"{path}, line {rows.line_num}", path.parent) for row in rows]
+            return [_case_of_row(row, f"{path}, line {rows.line_num}", path.parent, patient_of) for row in rows]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: expected a CSV file in UTF-8, found something else ({error})") from error
 
 
-def _case_of_row(row: dict[Any, Any], place: str, folder: Path) -> Case:
+def _case_of_row(row: dict[Any, Any], place: str, folder: Path, patient_of: Callable[[str], str] | None) -> Case:
     if None in row or None in row.values():
         raise UserError(f"{place}: expected as many cells as there are columns")
     cells = {column: cell.strip() for column, cell in row.items()}
     empty = [column for column in _COLUMNS if not cells[column]]
     if empty:
         raise UserError(f"{place}: expected a value for {', '.join(empty)}, found an empty cell")
-    return Case(cells["case"], cells["split"], cells.get("patient") or cells["case"], folder / cells["image"], folder / cells["label"])
+    patient = cells.get("patient") or (patient_of or str)(cells["case"])
+    return Case(
+        cells["case"], cells["split"], patient, folder / cells["image"], folder / cells["label"], _map_of_cell(cells.get("label_map"), place, folder)
+    )
 
 
-# --- nnU-Net ----------------------------------------------------------------------------------------------------------------------------
+def _map_of_cell(cell: str | None, place: str, folder: Path) -> LabelMap | None:
+    if not cell:
+        return None
+    try:
+        return load_label_map(cell if cell in LABEL_MAPS or not cell.endswith(".json") else folder / cell)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
-def read_nnunet(
-    root: Path, test_cases: Path | None = None, test_fraction: float | None = None, seed: int = 1234, *, own_labels: bool = True
-) -> tuple[list[Case], LabelMap | None]:
-    """The cases of an nnU-Net dataset folder (version 1 or 2) and, with `own_labels`, its labels as they are; every case counts as a patient.
-
-    Without labelsTs the test cases are those of `test_cases`, else a share `test_fraction` drawn by `seed`.
+def patient_rule(expression: str | None) -> Callable[[str], str] | None:
+    """The function case -> patient of `--patient_regex`: what the expression's group finds in the name; None without an expression.
 
     Raises:
-        UserError: no dataset.json or one not understood, several channels, a file without its partner.
+        UserError: the expression is none or has not one group; later, a name in which it finds nothing.
     """
-    description = _read_dataset_json(root)
-    channels = description.get("channel_names", description.get("modality"))
-    if not isinstance(channels, dict) or len(channels) != 1:
-        raise UserError(f"{root / 'dataset.json'}: expected one channel, found {channels!r}; choose one and list its files with --pairs")
-    label_map = _nnunet_labels(root / "dataset.json", description.get("labels")) if own_labels else None
-    train = _nnunet_pairs(root, "Tr")
-    held_out = (root / "labelsTs").is_dir()
-    if held_out and (test_cases is not None or test_fraction is not None):
-        raise UserError(f"{root}: its labelsTs names the test cases; leave --test_cases and --test_fraction out")
-    if held_out:
-        test = _nnunet_pairs(root, "Ts")
-        return [*_as_cases(train, set()), *_as_cases(test, set(test))], label_map
-    if test_cases is not None:
-        return _as_cases(train, _named_tests(test_cases, train)), label_map
-    if test_fraction is None:
-        test_fraction = DEFAULT_TEST_FRACTION
-        print(f"{root}: no labelsTs; {test_fraction:.0%} of the cases are drawn for testing (seed {seed}); see --test_cases and --test_fraction")
-    if not 0 <= test_fraction < 1:
-        raise UserError(f"--test_fraction: expected a number from 0 to below 1, found {test_fraction:g}")
-    names = sorted(train)
-    random.Random(seed).shuffle(names)
-    n_test = min(max(round(test_fraction * len(names)), 1), len(names) - 1) if test_fraction else 0
-    return _as_cases(train, set(names[:n_test])), label_map
-
-
-def _as_cases(pairs: dict[str, tuple[Path, Path]], tests: set[str]) -> list[Case]:
-    return [Case(name, "test" if name in tests else "train", name, image, label) for name, (image, label) in sorted(pairs.items())]
-
-
-def _named_tests(path: Path, train: dict[str, tuple[Path, Path]]) -> set[str]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; --test_cases is a text file with one case name a line")
-    names = set(path.read_text(encoding="utf-8").split())
-    unknown = sorted(names - train.keys())
-    if unknown or not names:
-        raise UserError(f"{path}: expected names of cases in imagesTr, found {', '.join(unknown[:5]) or 'none'}")
-    return names
-
-
-def _read_dataset_json(root: Path) -> dict[str, Any]:
-    path = root / "dataset.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; --nnunet is a dataset folder with dataset.json, imagesTr and labelsTr")
+    if expression is None:
+        return None
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, found something else ({error})") from error
-    if not isinstance(description, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(description).__name__}")
-    ending = description.get("file_ending", ".nii.gz")
-    if ending not in (".nii", ".nii.gz"):
-        raise UserError(f"{path}: expected file_ending .nii.gz or .nii, found {ending!r}; convert the images to NIfTI")
-    return description
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise UserError(f"--patient_regex {expression}: expected a regular expression, found an error in it ({error})") from error
+    if pattern.groups != 1:
+        raise UserError(f"--patient_regex {expression}: expected one group in brackets, the patient, found {pattern.groups}; as '^(P[0-9]+)_'")
 
+    def patient_of(case: str) -> str:
+        match = pattern.search(case)
+        if not match or not match[1]:
+            raise UserError(f"case {case}: --patient_regex {expression} finds no patient in this name; correct the expression")
+        return match[1]
 
-def _nnunet_labels(path: Path, labels: Any) -> LabelMap:
-    """Label names of {"background": 0, "liver": 1} (version 2) or {"0": "background", "1": "liver"} (version 1)."""
-    try:
-        if all(str(key).isdigit() for key in labels):
-            names = {int(key): str(name) for key, name in labels.items()}
-        else:
-            names = {int(value): name for name, value in labels.items()}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: expected labels as {{'background': 0, 'liver': 1}} (no regions), found {labels!r}") from error
-    if "ignore" in names.values():
-        raise UserError(f"{path}: expected every voxel to be labelled, found an 'ignore' label; relabel it or leave those cases out")
-    if sorted(names) != list(range(len(names))) or not 2 <= len(names) <= _MOST_LABELS + 1:
-        raise UserError(f"{path}: expected labels 0, 1, 2 ... without a gap, found {sorted(names)}; map them with --label_map")
-    return identity_label_map([names[value] for value in range(1, len(names))], "dataset.json")
-
-
-def _nnunet_pairs(root: Path, part: str) -> dict[str, tuple[Path, Path]]:
-    """Case -> (image, label) of imagesTr and labelsTr, or of imagesTs and labelsTs."""
-    image_folder, label_folder = root / f"images{part}", root / f"labels{part}"
-    images: dict[str, Path] = {}
-    for name, path in _nifti_files(image_folder).items():
-        match = re.fullmatch(r"(.+)_(\d{4})", name)
-        if match is None or match[2] != "0000":
-            raise UserError(f"{path}: expected one channel, named NAME_0000.nii.gz; choose one and list its files with --pairs")
-        images[match[1]] = path
-    labels = _nifti_files(label_folder)
-    alone = sorted(images.keys() ^ labels.keys())
-    if alone or not images:
-        found = f"alone: {', '.join(alone[:5])}" if alone else "nothing"
-        raise UserError(f"{root}: expected an image in {image_folder.name} and a label in {label_folder.name} for every case, found {found}")
-    return {name: (images[name], labels[name]) for name in images}
-
-
-def _nifti_files(folder: Path) -> dict[str, Path]:
-    """Name without suffix -> file."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; --nnunet is a dataset folder with dataset.json, imagesTr and labelsTr")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        match = re.fullmatch(r"([^.].*?)\.nii(\.gz)?", path.name)
-        if match is None:
-            continue
-        if match[1] in files:
-            raise UserError(f"{folder}: {files[match[1]].name} and {path.name} are one case; keep one")
-        files[match[1]] = path
-    return files
+    return patient_of
 
 
 # --- command line -----------------------------------------------------------------------------------------------------------------------
@@ -196,42 +119,101 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--pairs", type=Path, help="CSV file with the columns case, image, label, split and perhaps patient")
-    source.add_argument("--nnunet", type=Path, help="nnU-Net dataset folder")
+    source.add_argument("--pairs", type=Path, help="CSV file with the columns case, image, label, split and perhaps patient, label_map")
+    source.add_argument("--nnunet", type=Path, nargs="+", metavar="DIR", help="raw dataset folders of nnU-Net or the Medical Segmentation Decathlon")
     parser.add_argument("--test_cases", type=Path, help="with --nnunet: text file that names the test cases, one a line")
-    parser.add_argument("--test_fraction", type=float, help="with --nnunet: share drawn for testing, 0 for none (default 0.2 without labelsTs)")
-    parser.add_argument("--seed", type=int, help="of that draw (default 1234)")
+    fraction = f"with --nnunet: share of the patients drawn for testing, 0 for none (default {DEFAULT_TEST_FRACTION} without labelsTs)"
+    parser.add_argument("--test_fraction", type=float, help=fraction)
+    parser.add_argument("--seed", type=int, help=f"of that draw (default {DEFAULT_SEED})")
+    parser.add_argument("--patient_regex", metavar="REGEX", help="searched in the case's name; its one group is the patient (default: a case each)")
     parser.add_argument("--output", type=Path, required=True, help="output folder")
-    parser.add_argument("--label_map", help="name in datasets/labels.py or a JSON file (default: labels as they are)")
-    parser.add_argument("--image_kind", choices=IMAGE_KINDS, default="ct_window", help="percentile for MR (default %(default)s)")
+    parser.add_argument(
+        "--label_map", nargs="+", metavar="MAP", help="name in datasets/labels.py or a JSON file, one for all or one a folder (default: as they are)"
+    )
+    parser.add_argument("--image_kind", choices=IMAGE_KINDS, help="percentile for MR (default ct_window; with --nnunet by the channel's name)")
     parser.add_argument("--window", type=float, nargs=2, metavar=("LO", "HI"), help="HU that become 0 and 1 (default -125 275)")
     parser.add_argument("--orientation", default=BTCV_ORIENTATION, help="nibabel's axis codes of the stored slices (default %(default)s)")
     add_common_arguments(parser)
     return parser
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises a UserError for flags that would change nothing beside the others."""
+    if args.image_kind == "percentile" and args.window is not None:
+        raise UserError("--window is for --image_kind ct_window; percentiles are taken from each image")
+    if args.seed is not None and (args.nnunet is None or args.test_cases is not None):
+        raise UserError("--seed is for the draw of --nnunet")
+    if args.pairs is not None and (args.test_cases is not None or args.test_fraction is not None):
+        raise UserError("--test_cases and --test_fraction are for --nnunet; a CSV file says the split itself")
+    expected = (1,) if args.nnunet is None else (1, len(args.nnunet))
+    if args.label_map is not None and len(args.label_map) not in expected:
+        found, wanted = len(args.label_map), " or ".join(map(str, sorted(set(expected))))
+        raise UserError(f"--label_map: expected {wanted}, one for all or one for each folder of --nnunet, found {found}")
+
+
+def cases_of_pairs(args: argparse.Namespace) -> tuple[list[Case], Settings]:
+    """Cases and settings of `--pairs`; labels without any map stay as they are."""
+    cases = read_pairs(args.pairs, patient_rule(args.patient_regex))
+    mapped = [case for case in cases if case.label_map is not None]
+    if args.label_map is not None:
+        label_map = load_label_map(args.label_map[0])
+    elif not mapped:
+        label_map = identity_label_map([f"label {value}" for value in range(1, MOST_LABELS + 1)])
+    elif len(mapped) < len(cases):
+        name = next(case.name for case in cases if case.label_map is None)
+        raise UserError(f"{args.pairs}: case {name} has no label_map, others have; fill the cell, or give --label_map for the empty ones")
+    else:
+        label_map = mapped[0].label_map or identity_label_map([])
+    trim = args.label_map is None and not mapped
+    return cases, settings_of(args, args.pairs.parent, label_map, args.image_kind or "ct_window", trim_classes=trim)
+
+
+def cases_of_nnunet(args: argparse.Namespace) -> tuple[list[Case], Settings]:
+    """Cases and settings of `--nnunet`, with a line on each folder of what it is."""
+    folders = [read_nnunet(root, own_labels=args.label_map is None) for root in args.nnunet]
+    if args.label_map is not None:
+        maps = [load_label_map(spec) for spec in args.label_map]
+        folders = [replace(folder, label_map=maps[i % len(maps)]) for i, folder in enumerate(folders)]
+    return cases_of_folders(folders, args)
+
+
+def cases_of_folders(folders: Sequence[NnunetFolder], args: argparse.Namespace) -> tuple[list[Case], Settings]:
+    """Cases and settings of raw folders whose label maps are known."""
+    for folder in folders:
+        print(folder.explain())
+    kinds = {folder.image_kind: folder for folder in folders}
+    if args.image_kind is None and len(kinds) > 1:
+        ct, other = kinds["ct_window"], kinds["percentile"]
+        what = f"{ct.name} has the channel {ct.channel}, {other.name} {other.channel}"
+        raise UserError(f"--nnunet: expected images of one kind, found that {what}; choose with --image_kind, or prepare them apart")
+    kind = args.image_kind or folders[0].image_kind
+    if kind == "percentile" and args.window is not None:
+        what = f"{folders[0].root} has the channel {folders[0].channel}, which is scaled image by image"
+        raise UserError(f"--window: {what}; leave it out, or give --image_kind ct_window")
+    cases = split_cases(
+        folders,
+        patient_of=patient_rule(args.patient_regex),
+        test_cases=args.test_cases,
+        test_fraction=args.test_fraction,
+        seed=DEFAULT_SEED if args.seed is None else args.seed,
+    )
+    root = folders[0].root if len(folders) == 1 else Path(os.path.commonpath([folder.root.resolve() for folder in folders]))
+    label_map = folders[0].label_map or identity_label_map([])
+    return cases, settings_of(args, root, label_map, kind, dataset=", ".join(folder.name for folder in folders))
+
+
+def settings_of(args: argparse.Namespace, root: Path, label_map: LabelMap, image_kind: str, **more: Any) -> Settings:
+    """The settings that the flags ask for."""
+    window = tuple(args.window or CT_WINDOW) if image_kind == "ct_window" else None
+    return Settings(root, label_map, image_kind, window, args.orientation, **more)
+
+
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     args = build_parser().parse_args(argv)
-    if args.image_kind == "percentile" and args.window is not None:
-        raise UserError("--window is for --image_kind ct_window; percentiles are taken from each image")
-    if args.seed is not None and args.nnunet is None:
-        raise UserError("--seed is for the draw of --nnunet")
-    if args.pairs is not None:
-        if args.test_cases is not None or args.test_fraction is not None:
-            raise UserError("--test_cases and --test_fraction are for --nnunet; a CSV file says the split itself")
-        root, cases = args.pairs.parent, read_pairs(args.pairs)
-        names = [f"label {value}" for value in range(1, _MOST_LABELS + 1)]
-        own_labels: LabelMap | None = identity_label_map(names) if args.label_map is None else None
-    else:
-        root = args.nnunet
-        seed = 1234 if args.seed is None else args.seed
-        cases, own_labels = read_nnunet(root, args.test_cases, args.test_fraction, seed, own_labels=args.label_map is None)
-    window = tuple(args.window or CT_WINDOW) if args.image_kind == "ct_window" else None
-    label_map = own_labels or load_label_map(args.label_map)
-    trim = args.pairs is not None and args.label_map is None
-    settings = Settings(root, label_map, args.image_kind, window, args.orientation, trim_classes=trim)
+    check_flags(args)
+    cases, settings = cases_of_pairs(args) if args.pairs is not None else cases_of_nnunet(args)
     manifest = preprocess(cases, settings, args.output, num_workers=args.num_workers, overwrite=args.overwrite)
     print(summary(manifest, args.output))
     return 0

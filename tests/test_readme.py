@@ -15,6 +15,7 @@ from pgsam.prior.reports import builtin_reports
 
 ROOT = Path(__file__).resolve().parents[1]
 BY_HAND = {"scripts/demo.sh", "scripts/test.sh"}  # from a fresh clone, by hand and by CI
+NETWORK = {"scripts/download_weights.py"}  # tests/scripts/test_download_weights.py runs it against a server of its own
 LONG = {"scripts/train_real_ct.sh", "scripts/train_demo.sh", "scripts/ablate_phantoms.sh"}  # 20 minutes to two hours
 # What is added to a command so that it ends soon; the rest of it is the README's.
 SHORTENED = {"train.py": ["--stop_epoch", "1", "--batch_size", "2"], "scripts/benchmark.py": ["--shape", "40", "96", "96", "--rounds", "1"]}
@@ -53,7 +54,7 @@ def test_readme_commands_run(sam_vit_b_file: Path, tmp_path: Path) -> None:
     )
     sketches = {organ: builtin_reports().text(organ, "sketch") for organ in ("liver", "spleen")}
     (tmp_path / "my_reports.json").write_text(json.dumps(sketches))
-    commands = [c for c in readme_commands() if program_of(c) not in BY_HAND | LONG]
+    commands = [c for c in readme_commands() if program_of(c) not in BY_HAND | LONG | NETWORK]
     commands.sort(key=lambda command: program_of(command) == "infer_demo.py")  # the README shows its use before the training
     for command in commands:
         program = program_of(command)
@@ -67,13 +68,19 @@ def test_readme_commands_run(sam_vit_b_file: Path, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         if program == "datasets/phantom.py":
-            shutil.copy(tmp_path / "data/raw/Training/img/img0022.nii.gz", tmp_path / "scan.nii.gz")
+            img, label = tmp_path / "data/raw/Training/img", tmp_path / "data/raw/Training/label"
+            shutil.copy(img / "img0022.nii.gz", tmp_path / "scan.nii.gz")
+            for folder, source in (("scans", img / "img"), ("labels", label / "label")):
+                (tmp_path / folder).mkdir()
+                for number in (8, 22):
+                    shutil.copy(f"{source}{number:04d}.nii.gz", tmp_path / folder / f"case{number}.nii.gz")
         if program == "preprocess/synapse.py":  # vit_b at 512 px takes seconds a slice here
             lists = tmp_path / "data/Synapse/lists"
             for name, count in (("train.txt", 2), ("test_vol.txt", 1)):
                 lines = (lists / name).read_text().splitlines()
                 (lists / name).write_text("\n".join(lines[:count]) + "\n")
     assert (tmp_path / "out/scan_seg.nii.gz").is_file()
+    assert (tmp_path / "out_all/case22_difference.png").is_file()
     for results in ("results/samed", "results/retold", "test_output"):
         assert (tmp_path / results / "metrics.json").is_file()
     assert len(list((tmp_path / "results/samed/predictions").iterdir())) == 3

@@ -9,6 +9,7 @@ import h5py
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from scipy.spatial.transform import Rotation
 
@@ -16,6 +17,7 @@ from pgsam.errors import UserError
 from pgsam.volume import from_attributes
 from preprocess import nifti
 from preprocess.common import Case, check_cases
+from tests.dicom_files import write_dicom_series
 
 SHARED_CT = Path(__file__).resolve().parents[3] / "shared" / "data" / "abdomen_ct"
 SHAPE = (8, 7, 5)
@@ -227,71 +229,7 @@ def test_no_cases_are_an_error():
         check_cases([])
 
 
-# --- nnU-Net ----------------------------------------------------------------------------------------------------------------------------
-
-V2 = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "tumour": 2}, "file_ending": ".nii.gz", "numTraining": 6}
-V1 = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver", "2": "tumour"}}
-
-
-def make_nnunet(root, description=V2, train=6, test=0):
-    root.mkdir(parents=True)
-    (root / "dataset.json").write_text(json.dumps(description))
-    for part, count in (("Tr", train), ("Ts", test)):
-        for number in range(count):
-            for folder, suffix, array in zip((f"images{part}", f"labels{part}"), ("_0000", ""), pair(number, top=3), strict=True):
-                (root / folder).mkdir(exist_ok=True)
-                nib.save(nib.Nifti1Image(array, LAS), root / folder / f"{part}_{number:03d}{suffix}.nii.gz")
-    return root
-
-
-@pytest.mark.parametrize("description", [V2, V1])
-def test_nnunet_with_test_labels(description, tmp_path):
-    root = make_nnunet(tmp_path / "Dataset001_Liver", description, train=2, test=1)
-    assert run("--nnunet", root, "--output", tmp_path / "out") == 0
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["class_names"] == ["liver", "tumour"]
-    assert {name: entry["split"] for name, entry in manifest["cases"].items()} == {"Tr_000": "train", "Tr_001": "train", "Ts_000": "test"}
-    assert manifest["cases"]["Ts_000"]["label"] == "labelsTs/Ts_000.nii.gz"
-    np.testing.assert_array_equal(slices(tmp_path / "out", "Tr_001")[1], pair(1, top=3)[1].transpose(2, 1, 0))
-    with h5py.File(tmp_path / "out" / "test_vol_h5" / "Ts_000.npy.h5") as file:
-        np.testing.assert_array_equal(file["label"], pair(0, top=3)[1].transpose(2, 1, 0))
-
-
-def test_nnunet_splits_by_name_and_by_seed(tmp_path):
-    root = make_nnunet(tmp_path / "data")
-
-    def tests(*rule):
-        return [case.name for case in nifti.read_nnunet(root, *rule)[0] if case.split == "test"]
-
-    (tmp_path / "tests.txt").write_text("Tr_004\n\nTr_001\n")
-    assert tests(tmp_path / "tests.txt") == ["Tr_001", "Tr_004"]
-    draws = {seed: tests(None, 0.3, seed) for seed in range(20)}
-    assert all(len(draw) == 2 for draw in draws.values())
-    assert len(set(map(tuple, draws.values()))) > 5
-    assert draws[3] == tests(None, 0.3, 3)
-    assert tests(None, 0.0) == []
-    assert len(tests(None, 0.01)) == 1
-    assert len(tests(None, 0.99)) == 5
-    assert tests() == tests(None, 0.2)
-    assert len(tests()) == 1
-    for rule, message in (((None, 1.0), "below 1"), ((tmp_path / "no.txt",), "no such file")):
-        with pytest.raises(UserError, match=message):
-            tests(*rule)
-    (tmp_path / "tests.txt").write_text("Tr_004\nTr_104\n")
-    with pytest.raises(UserError, match="found Tr_104"):
-        tests(tmp_path / "tests.txt")
-
-
-def test_a_label_map_makes_nnunets_label_numbers_free(tmp_path):
-    """Gaps and odd names matter only where the labels are taken as they are."""
-    root = make_nnunet(tmp_path / "data")
-    description = json.loads((root / "dataset.json").read_text())
-    (root / "dataset.json").write_text(json.dumps({**description, "labels": {"background": 0, "liver": 1, "tumour": 7}}))
-    with pytest.raises(UserError, match="--label_map"):
-        nifti.read_nnunet(root)
-    cases, labels = nifti.read_nnunet(root, own_labels=False)
-    assert cases
-    assert labels is None
+# --- whose scan, and which labels -------------------------------------------------------------------------------------------------------
 
 
 def test_columns_that_are_not_read_are_said(tmp_path, capsys):
@@ -301,50 +239,140 @@ def test_columns_that_are_not_read_are_said(tmp_path, capsys):
     assert "the columns site are not read" in capsys.readouterr().out
 
 
-BAD_NNUNET = {
-    "two channels": ({**V2, "channel_names": {"0": "T1", "1": "T2"}}, "expected one channel"),
-    "regions": ({**V2, "labels": {"background": 0, "whole": [1, 2], "core": 2}}, "no regions"),
-    "ignore": ({**V2, "labels": {"background": 0, "liver": 1, "ignore": 2}}, "ignore"),
-    "gap": ({**V2, "labels": {"background": 0, "liver": 1, "tumour": 3}}, "without a gap"),
-    "no labels": ({"channel_names": {"0": "CT"}}, "expected labels as"),
-    "pictures": ({**V2, "file_ending": ".png"}, "file_ending"),
-    "a list": ([1], "JSON object"),
-}
+def test_patients_by_a_regular_expression(tmp_path, capsys):
+    for name in ("P1_a", "P1_b", "P2_a"):
+        write_pair(tmp_path / "raw", name, pair())
+    out = tmp_path / "out"
+
+    def prepare(*splits, rule=r"^(P\d+)_", columns=PLAIN, patients=()):
+        rows = rows_for(*zip(("P1_a", "P1_b", "P2_a"), splits, strict=True))
+        if patients:
+            rows = [(*row, patient) for row, patient in zip(rows, patients, strict=True)]
+        table = write_csv(tmp_path / "pairs.csv", rows, columns)
+        return run("--pairs", table, "--output", out, "--patient_regex", rule), capsys.readouterr().err
+
+    for arguments, message in (
+        ({}, "patient P1 is in training and test (cases P1_a, P1_b)"),
+        ({"rule": "P("}, "--patient_regex P(: expected a regular expression"),
+        ({"rule": "P"}, "expected one group"),
+        ({"rule": "(P)(1)"}, "expected one group"),
+        ({"rule": "(P1)"}, "case P2_a: --patient_regex (P1) finds no patient"),
+        ({"rule": "P(x?)"}, "case P1_a: --patient_regex P(x?) finds no patient"),
+    ):
+        code, error = prepare("train", "test", "test", **arguments)
+        assert (code, error.count("\n")) == (2, 1)
+        assert message in error
+        assert not out.exists()
+    assert prepare("train", "train", "test") == (0, "")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert {name: entry["patient"] for name, entry in manifest["cases"].items()} == {"P1_a": "P1", "P1_b": "P1", "P2_a": "P2"}
+    # The column goes before the expression, row by row.
+    assert prepare("train", "test", "test", columns=(*PLAIN, "patient"), patients=("other", "", ""))[0] == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [entry["patient"] for entry in manifest["cases"].values()] == ["other", "P1", "P2"]
 
 
-@pytest.mark.parametrize("kind", BAD_NNUNET)
-def test_bad_nnunet_descriptions(kind, tmp_path):
-    description, message = BAD_NNUNET[kind]
-    root = make_nnunet(tmp_path / "data", description, train=1)
-    with pytest.raises(UserError, match=message) as caught:
-        nifti.read_nnunet(root, None, 0.0)
-    assert "dataset.json" in str(caught.value)
+A_MAP = {"class_names": ["liver", "spleen"], "map": {"6": 1, "1": 2}, "default": 0}
+B_MAP = {"class_names": ["liver", "spleen"], "map": {"1": 1, "3": 2}, "default": 0}
 
 
-def test_bad_nnunet_folders(tmp_path):
-    def refused(message):
-        with pytest.raises(UserError, match=message):
-            nifti.read_nnunet(root, None, 0.0)
-
-    root = make_nnunet(tmp_path / "data", train=2)
-    (root / "labelsTr" / "Tr_001.nii.gz").rename(root / "labelsTr" / "Tr_002.nii.gz")
-    refused(r"alone: Tr_001, Tr_002")
-    (root / "labelsTr" / "Tr_002.nii.gz").rename(root / "labelsTr" / "Tr_001.nii.gz")
-    (root / "imagesTr" / "Tr_001_0000.nii.gz").rename(root / "imagesTr" / "Tr_000_0001.nii.gz")
-    refused("expected one channel, named NAME_0000")
-    (root / "imagesTr" / "Tr_000_0001.nii.gz").unlink()
-    (root / "labelsTr" / "Tr_001.nii.gz").unlink()
-    (root / "dataset.json").write_text("{")
-    refused("expected JSON")
-    (root / "dataset.json").unlink()
-    refused("no such file")
+def write_maps(folder, **maps):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in maps.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
 
 
-def test_nnunet_labels_that_dataset_json_does_not_name(tmp_path, capsys):
-    root = make_nnunet(tmp_path / "data", train=2)
-    nib.save(nib.Nifti1Image(np.full(SHAPE, 3, np.uint8), LAS), root / "labelsTr" / "Tr_001.nii.gz")
-    assert run("--nnunet", root, "--output", tmp_path / "out", "--test_fraction", 0) == 2
-    assert "Tr_001.nii.gz: unexpected label value 3" in capsys.readouterr().err
+def test_rows_with_label_maps_of_their_own(tmp_path):
+    """Datasets with different label values become one task: liver is 6 in a, 1 in b and (FLARE22) in c."""
+    arrays = pair()
+    for name in "abc":
+        write_pair(tmp_path / "raw", name, arrays)
+    write_maps(tmp_path / "maps", a=A_MAP, b=B_MAP, rest={**B_MAP, "map": {"1": 1, "9": 2}})
+    rows = [
+        (*row, cell) for row, cell in zip(rows_for(("a", "train"), ("b", "train"), ("c", "train")), ("maps/a.json", " maps/b.json", ""), strict=True)
+    ]
+    table = write_csv(tmp_path / "pairs.csv", rows, (*PLAIN, "label_map"))
+    assert run("--pairs", table, "--output", tmp_path / "out", "--label_map", tmp_path / "maps" / "rest.json") == 0
+    stored = arrays[1].transpose(2, 1, 0)
+    for name, liver, spleen in (("a", 6, 1), ("b", 1, 3), ("c", 1, 9)):
+        np.testing.assert_array_equal(slices(tmp_path / "out", name)[1], np.select([stored == liver, stored == spleen], [1, 2], 0))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["class_names"], manifest["label_map"]) == (["liver", "spleen"], "a.json, b.json, rest.json")
+    rows[1] = (*rows[1][:-1], "maps/rest.json")
+    write_csv(table, rows, (*PLAIN, "label_map"))
+    assert run("--pairs", table, "--output", tmp_path / "out", "--label_map", tmp_path / "maps" / "rest.json") == 0
+    np.testing.assert_array_equal(slices(tmp_path / "out", "b")[1], np.select([stored == 1, stored == 9], [1, 2], 0))
+
+
+def test_a_named_map_in_a_row_and_work_when_it_changes(tmp_path):
+    arrays = pair(top=4)  # the last classes do not occur, and are classes all the same
+    write_pair(tmp_path / "raw", "a", arrays)
+    for cell in ("synapse8", "flare22"):
+        table = write_csv(tmp_path / "pairs.csv", [(*ROW, cell)], (*PLAIN, "label_map"))
+        assert run("--pairs", table, "--output", tmp_path / "out") == 0
+        expected = np.array({"synapse8": SYNAPSE8, "flare22": [0, 5, 2, 1, 8, 7, 0, 0, 0, 4, 0, 6, 0, 3]}[cell])
+        np.testing.assert_array_equal(slices(tmp_path / "out", "a")[1], expected[arrays[1]].transpose(2, 1, 0))
+        assert json.loads((tmp_path / "out" / "manifest.json").read_text())["num_classes"] == 8
+
+
+@pytest.mark.parametrize(
+    ("cells", "flags", "message"),
+    [
+        (("a.json", "c.json"), (), "case b: expected the same classes in the same order from all label maps, found class 1 to be spleen in 'c.json'"),
+        (("a.json", "d.json"), (), "found class 3 to be tumour in 'd.json' and no class in 'a.json'"),
+        (("a.json", "synapse8"), (), "found class 1 to be spleen in 'synapse8' and liver in 'a.json'"),
+        (("a.json", ""), (), "case b has no label_map, others have"),
+        (("a.json", ""), ("--label_map", "btcv13"), "case a: expected the same classes"),
+        (("a.json", "e.json"), (), "line 3: "),
+        (("a.json", "synapse9"), (), "line 3: unknown label map 'synapse9'"),
+        (("", ""), ("--label_map", "btcv13", "synapse8"), "--label_map: expected 1"),
+    ],
+)
+def test_label_maps_that_are_not_one_task(tmp_path, capsys, cells, flags, message):
+    for name in "ab":
+        write_pair(tmp_path / "raw", name, pair())
+    swapped = {**A_MAP, "class_names": ["spleen", "liver"]}
+    write_maps(tmp_path, a=A_MAP, c=swapped, d={"class_names": ["liver", "spleen", "tumour"], "map": {"1": 1, "2": 2, "3": 3}})
+    table = write_csv(tmp_path / "pairs.csv", [(*row, cell) for row, cell in zip((ROW, OTHER), cells, strict=True)], (*PLAIN, "label_map"))
+    assert run("--pairs", table, "--output", tmp_path / "out", *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# --- other formats ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("image_suffix", "label_suffix"), [(".nrrd", ".nrrd"), (".mha", ".nii.gz"), ("", ".mha")])
+def test_a_scan_in_another_format_gives_the_same_slices(tmp_path, image_suffix, label_suffix):
+    """The same voxels as NRRD, as MetaImage and as a folder of DICOM slices, written by SimpleITK."""
+    arrays = pair()
+    write_pair(tmp_path / "raw", "a", arrays)
+    image, label = (sitk.ReadImage(str(tmp_path / "raw" / f"a_{kind}.nii.gz")) for kind in ("ct", "label"))
+    if image_suffix:
+        sitk.WriteImage(image, str(tmp_path / "raw" / f"b_ct{image_suffix}"))
+    else:
+        write_dicom_series(tmp_path / "raw" / "b_ct", image)
+    sitk.WriteImage(label, str(tmp_path / "raw" / f"b_label{label_suffix}"))
+    rows = [ROW, ("b", f"raw/b_ct{image_suffix}", f"raw/b_label{label_suffix}", "train")]
+    table = write_csv(tmp_path / "pairs.csv", rows)
+    assert run("--pairs", table, "--output", tmp_path / "out", "--label_map", "synapse8") == 0
+    for expected, found in zip(slices(tmp_path / "out", "a")[:2], slices(tmp_path / "out", "b")[:2], strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_changed_dicom_slice_is_noticed(tmp_path):
+    write_pair(tmp_path / "raw", "a", pair())
+    image = sitk.ReadImage(str(tmp_path / "raw" / "a_ct.nii.gz"))
+    rows = [("a", "raw/dicom", "raw/a_label.nii.gz", "train")]
+    table = write_csv(tmp_path / "pairs.csv", rows)
+    found = []
+    for scan in (image, image + 50):
+        write_dicom_series(tmp_path / "raw" / "dicom", sitk.Cast(scan, sitk.sitkInt16))
+        assert run("--pairs", table, "--output", tmp_path / "out", "--label_map", "synapse8") == 0
+        found.append(slices(tmp_path / "out", "a")[0])
+    assert (found[0] != found[1]).any()
 
 
 # --- real scans -------------------------------------------------------------------------------------------------------------------------

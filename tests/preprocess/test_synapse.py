@@ -227,6 +227,7 @@ def test_sources_that_are_not_the_published_thirty(few, tmp_path, capsys):
 
     refused("missing 0001, 0002, 0003, 0004, 0007, 0009", "--require_all")
     refused("no such folder", source=tmp_path / "elsewhere")
+    refused("Training/img/img0001.nii.gz with Training/label/label0001.nii.gz", source=src / "Training" / "img")
     refused("unknown label map", "--label_map", "synapse9")
     make_case(src, 11)
     refused("0011 are not in the published split")

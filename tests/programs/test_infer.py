@@ -175,6 +175,10 @@ def test_a_reference_gives_scores_and_the_picture_of_the_differences(infer, scan
     assert metrics["cases"]["img0008"]["liver"]["hd95_mm"] > 0
     with Image.open(tmp_path / "out" / "img0008_difference.png") as picture:
         assert min(picture.size) > 100
+    turned = nib.load(reference).as_reoriented([[1, -1], [2, 1], [0, -1]])
+    nib.save(turned, tmp_path / "turned.nii.gz")  # a reference that is stored another way is the same reference
+    assert infer("-i", scan, "-o", tmp_path / "again", "--reference", tmp_path / "turned.nii.gz", "--label_map", "synapse8").code == 0
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text()) == metrics
 
 
 def test_a_perfect_prediction_has_no_difference(infer, scan, tmp_path):
