@@ -173,8 +173,11 @@ def test_a_reference_gives_scores_and_the_picture_of_the_differences(infer, scan
     wanted = 2 * np.count_nonzero(pred & ref) / (np.count_nonzero(pred) + np.count_nonzero(ref))
     assert metrics["cases"]["img0008"]["liver"]["dsc"] == pytest.approx(wanted)
     assert metrics["cases"]["img0008"]["liver"]["hd95_mm"] > 0
-    with Image.open(tmp_path / "out" / "img0008_difference.png") as picture:
-        assert min(picture.size) > 100
+    sizes = []
+    for name in ("img0008.png", "img0008_difference.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            sizes.append(picture.size)
+    assert sizes[0][1] - sizes[1][1] == 260  # a row more: image, reference, prediction; image, difference
     turned = nib.load(reference).as_reoriented([[1, -1], [2, 1], [0, -1]])
     nib.save(turned, tmp_path / "turned.nii.gz")  # a reference that is stored another way is the same reference
     assert infer("-i", scan, "-o", tmp_path / "again", "--reference", tmp_path / "turned.nii.gz", "--label_map", "synapse8").code == 0
@@ -261,6 +264,16 @@ def test_another_modality_is_said_and_written_down(infer, scan, tmp_path):
     assert same.mean() > 0.9999  # float32 rounds x + 1024
 
 
+def test_a_window_from_a_config_file(infer, scan, tmp_path):
+    config = tmp_path / "flags.json"
+    config.write_text(json.dumps({"input": str(scan), "output": str(tmp_path / "out"), "window": [-60, 140.5]}))
+    assert infer("--config", config).code == 0
+    assert run_of(tmp_path / "out")["cases"]["img0008"]["intensity"]["window"] == [-60.0, 140.5]
+    for bad in ([1], 7, [1, "x"], [1, 2, 3]):
+        config.write_text(json.dumps({"input": str(scan), "window": bad}))
+        infer("--config", config).refused(config, "window", "expected" if bad != [1, "x"] else "invalid")
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
 def test_a_picture_gets_a_picture(infer, tmp_path, suffix):
     pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
@@ -277,6 +290,27 @@ def test_a_picture_gets_a_picture(infer, tmp_path, suffix):
         assert {row["ml"] for row in csv.DictReader(file)} == {""}, "a picture has no millilitres"
     assert "pixels" in result.out
     assert " ml" not in result.out
+
+
+def test_the_picture_of_a_picture_is_in_its_colours(infer, tmp_path):
+    Image.new("RGB", (60, 60), (200, 30, 90)).save(tmp_path / "photo.png")
+    assert infer("-i", tmp_path / "photo.png", "-o", tmp_path / "out").code == 0
+    with Image.open(tmp_path / "out" / "photo.png") as drawn:
+        assert drawn.getpixel((110 + 128, 128)) == (200, 30, 90)
+
+
+def test_a_file_of_two_axes_gets_labels_of_two_axes(infer, scan, tmp_path):
+    image = nib.load(scan)
+    pixels = np.asanyarray(image.dataobj)[:, :, 5]
+    nib.save(nib.Nifti1Image(pixels, image.affine), tmp_path / "flat.nii.gz")
+    nib.save(nib.Nifti1Image(pixels[:, :, None, None], image.affine), tmp_path / "thin.nii.gz")  # one slice, one frame
+    for name, shape in (("flat", pixels.shape), ("thin", (*pixels.shape, 1))):
+        assert infer("-i", tmp_path / f"{name}.nii.gz", "-o", tmp_path / "out").code == 0
+        labels = nib.load(tmp_path / "out" / f"{name}_seg.nii.gz")
+        assert labels.shape == shape
+        columns = [0, 1, 3] if name == "flat" else [0, 1, 2, 3]  # two axes have no third direction
+        np.testing.assert_allclose(labels.affine[:, columns], image.affine[:, columns], atol=1e-4)
+    assert np.array_equal(labels_of(tmp_path / "out" / "flat_seg.nii.gz"), labels_of(tmp_path / "out" / "thin_seg.nii.gz")[..., 0])
 
 
 def test_a_result_never_takes_the_place_of_its_input(infer, tmp_path):
@@ -306,13 +340,14 @@ def test_a_folder_of_scans(infer, scans, raw, tmp_path):
     references.mkdir()
     for name, number in (("a", 8), ("b", 22), ("c", 5)):
         shutil.copy(raw / "Training" / "label" / f"label{number:04d}.nii.gz", references / f"{name}.nii.gz")
+    (scans / "c.nii.gz").rename(scans / "c_0000.nii.gz")  # as nnU-Net names its images
     result = infer("-i", scans, "-o", tmp_path / "out", "--reference", references, "--label_map", "synapse8")
     assert (result.code, result.err) == (0, "")
     assert "3 of 3 scans segmented" in result.out
-    for name in "abc":
+    for name in ("a", "b", "c_0000"):
         assert {f"{name}_seg.nii.gz", f"{name}.png", f"{name}_difference.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    assert list(run_of(tmp_path / "out")["cases"]) == ["a", "b", "c"]
-    assert list(json.loads((tmp_path / "out" / "metrics.json").read_text())["cases"]) == ["a", "b", "c"]
+    assert list(run_of(tmp_path / "out")["cases"]) == ["a", "b", "c_0000"]
+    assert list(json.loads((tmp_path / "out" / "metrics.json").read_text())["cases"]) == ["a", "b", "c_0000"]
     (references / "b.nii.gz").unlink()
     infer("-i", scans, "-o", tmp_path / "none", "--reference", references, "--label_map", "synapse8").refused(references, "none for b")
     assert not (tmp_path / "none").exists()
