@@ -12,6 +12,9 @@ from typing import Any
 
 from pgsam.errors import UserError
 
+FILES = {"train": ("train_npz", "train.txt"), "test": ("test_vol_h5", "test_vol.txt")}  # split -> its folder and the name of its list
+IMAGE_RANGE = (-0.5, 1.5)  # of images in [0, 1], since cubic down-sampling may overshoot; raw Hounsfield units never fit in here
+
 _SLICE_NAME = re.compile(r"(?P<case>.+)_slice\d+$")
 
 

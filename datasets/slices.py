@@ -16,11 +16,10 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from datasets.augment import Augmentation, samed_augmentation
-from datasets.layout import DataFolder
+from datasets.layout import IMAGE_RANGE, DataFolder
 from pgsam.errors import UserError
 from pgsam.resample import resize_cubic, resize_nearest
 
-IMAGE_RANGE = (-0.5, 1.5)  # cubic down-sampling may overshoot [0, 1]; raw Hounsfield units never fit in here
 KEYS = ("image", "label")
 TEXT_DROPOUT = 0.1
 # What zipfile, zlib and numpy raise on damaged archives (RuntimeError: flags that say encrypted, or a method there is none of).

@@ -5,6 +5,7 @@ Programs turn it into that line on stderr and exit code 2; anything else that is
 
 import argparse
 import functools
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -22,6 +23,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, *, add_help: bool = True) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=add_help)
+        # Python 3.11's own takes -1e9 for a flag.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def error(self, message: str) -> NoReturn:
         """Raises `message` as a UserError."""

@@ -15,6 +15,7 @@ from pgsam.volume_io import replacing
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
 _BACKGROUND, _TEXT = (18, 18, 22), (232, 232, 236)
+_WIDEST = 4  # widths of a tile in heights
 _FINER = 2  # outlines are drawn this much larger, so that reducing them smooths their edges
 _DASH, _GAP = 7.0, 6.0  # pixels of the picture
 _HALF_SHARE = 0.001  # an organ of this share of a slice's pixels weighs 0.5 in the slice's loss
@@ -70,7 +71,10 @@ def montage(
         spacing_hw: height and width of a pixel in millimetres.
     """
     height, width = rows[0][0].shape[:2]
-    tile = (max(1, round(tile_height * width * spacing_hw[1] / (height * spacing_hw[0]))), tile_height)
+    aspect = width * spacing_hw[1] / (height * spacing_hw[0])
+    widest = _WIDEST * tile_height  # a line of pixels is not blown up to a picture
+    tile_height = max(1, min(tile_height, round(widest / aspect)))
+    tile = (min(widest, max(1, round(tile_height * aspect))), tile_height)
     margin, gap, line = 110, 4, 22
     font = ImageFont.load_default(size=14)
     columns = max(len(row) for row in rows)

@@ -19,7 +19,10 @@ from pgsam.errors import UserError
 BTCV_ORIENTATION = "LAS"
 
 CT_WINDOW = (-125.0, 275.0)  # HU, the window of TransUNet, SAMed and PG-SAM
+FAT_HU = -100.0  # every CT of a body holds fat and mostly air, both below; the shared MR has nothing below -47
 IMAGE_KINDS = ("ct_window", "percentile")
+
+GRID_TOLERANCE_MM = 1e-2  # equally indexed voxels of two files that are less apart are one voxel: headers hold rounded numbers
 
 _LETTERS = ("LR", "PA", "SI")  # growing, falling coordinate of the LPS axes x, y, z
 _GEOMETRY_KEYS = ("spacing", "origin", "direction")
@@ -90,25 +93,56 @@ def check_orientation(code: str) -> str:
     return code
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Another order and direction of the axes; it can be undone exactly, also where an oblique volume lies between two axes.
+
+    Args:
+        order: for each new axis the old one that becomes it.
+        flipped: the new axes that run backwards.
+    """
+
+    order: tuple[int, int, int]
+    flipped: tuple[int, ...]
+
+    def array(self, array: np.ndarray) -> np.ndarray:
+        """A view of an array whose first three axes are [D, H, W], turned."""
+        return np.flip(array.transpose([*self.order, *range(3, array.ndim)]), self.flipped)
+
+    def apply(self, volume: Volume) -> Volume:
+        """Nothing is resampled and every voxel keeps its place in the patient."""
+        affine = volume.affine[:, [*self.order, 3]]
+        for axis in self.flipped:
+            affine[:, 3] += affine[:, axis] * (volume.array.shape[self.order[axis]] - 1)
+            affine[:, axis] *= -1
+        return Volume(np.ascontiguousarray(self.array(volume.array)), affine)
+
+    def undo(self, array: np.ndarray) -> np.ndarray:
+        """The array that `array` was made from, as an array of its own."""
+        return np.ascontiguousarray(np.flip(array, self.flipped).transpose([*np.argsort(self.order), *range(3, array.ndim)]))
+
+
+def turn_to(volume: Volume, code: str) -> Turn:
+    """The turn that makes `volume.orientation` the code; a UserError if that is no orientation."""
+    current, wanted = volume.orientation[::-1], check_orientation(code)[::-1]  # letters of the array's axes d, h, w
+    first, second, third = (
+        next(axis for axis, letter in enumerate(current) if any({letter, goal} <= set(pair) for pair in _LETTERS)) for goal in wanted
+    )
+    order = (first, second, third)
+    return Turn(order, tuple(axis for axis in range(3) if current[order[axis]] != wanted[axis]))
+
+
 def reorient(volume: Volume, code: str) -> Volume:
     """Permutes and flips axes until `volume.orientation` is `code`; nothing is resampled and every voxel keeps its place in the patient.
 
-    `reorient(reorient(v, code), v.orientation)` has v's array bit for bit, and its affine up to rounding (below 1e-9 mm).
+    The way back is `turn_to(volume, code).undo(...)`. `reorient(reorient(v, code), v.orientation)` also gives back v's array bit for bit, and its
+    affine up to rounding (below 1e-9 mm), but for oblique volumes that lie exactly between two axes: their nearest axes are a matter of rounding.
 
     Raises:
         UserError: the code is not an orientation.
     """
-    current, wanted = volume.orientation[::-1], check_orientation(code)[::-1]  # letters of the array's axes d, h, w
-    if current == wanted:
-        return volume
-    order = [next(axis for axis, letter in enumerate(current) if any({letter, goal} <= set(pair) for pair in _LETTERS)) for goal in wanted]
-    flipped = [axis for axis in range(3) if current[order[axis]] != wanted[axis]]
-    array = volume.array.transpose(order)
-    affine = volume.affine[:, [*order, 3]]
-    for axis in flipped:
-        affine[:, 3] += affine[:, axis] * (array.shape[axis] - 1)
-        affine[:, axis] *= -1
-    return Volume(np.ascontiguousarray(np.flip(array, tuple(flipped))), affine)
+    turn = turn_to(volume, code)
+    return volume if turn == Turn((0, 1, 2), ()) else turn.apply(volume)
 
 
 def take_slice(volume: Volume, index: int) -> Volume:
@@ -219,13 +253,21 @@ def intensity_window(array: np.ndarray, kind: str, window: tuple[float, float] |
         lo, hi = (float(value) for value in np.percentile(array, (0.5, 99.5)))
         if not lo < hi:
             raise UserError(f"expected an image with contrast, found its 0.5 and 99.5 percentiles both {lo:g}; leave the image out")
+        check_window(lo, hi, "0.5 and 99.5 percentiles")
         return lo, hi
     if kind != "ct_window":
         raise ValueError(f"image kind {kind!r} is not one of {IMAGE_KINDS}")
     lo, hi = window or CT_WINDOW
-    if not (np.isfinite((lo, hi)).all() and lo < hi):
-        raise UserError(f"intensity window: expected LO below HI, found {lo:g} {hi:g}")
+    check_window(lo, hi, "intensity window")
     return lo, hi
+
+
+def check_window(lo: float, hi: float, what: str) -> None:
+    """Raises a UserError that begins with `what` unless lo is below hi, in float32 too, in which images are scaled."""
+    with np.errstate(over="ignore"):
+        low, high = np.float32(lo), np.float32(hi)
+    if not (np.isfinite((low, high)).all() and low < high):
+        raise UserError(f"{what}: expected LO below HI, two different numbers in single precision, found {lo:g} {hi:g}")
 
 
 def scale_intensity(array: np.ndarray, kind: str, window: tuple[float, float] | None = None) -> np.ndarray:
@@ -239,4 +281,5 @@ def scale_intensity(array: np.ndarray, kind: str, window: tuple[float, float] | 
 
 def scale_to_window(array: np.ndarray, lo: float, hi: float) -> np.ndarray:
     """Clips to [lo, hi] and maps that to float32 [0, 1]."""
+    array = np.clip(array, lo, hi) if array.dtype == np.float64 else array  # values beyond float32 are beyond the window too
     return (np.clip(array.astype(np.float32), lo, hi) - np.float32(lo)) / (np.float32(hi) - np.float32(lo))

@@ -4,8 +4,9 @@ The formats are read in `pgsam.formats`; what a volume is stands in `pgsam.volum
 """
 
 import os
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import SimpleITK as sitk
 from pgsam.errors import UserError
 from pgsam.formats.archive import unpacked
 from pgsam.formats.arrays import read_array
-from pgsam.formats.common import describe_file
+from pgsam.formats.common import check_utf8, describe_file
 from pgsam.formats.dicom import holds_dicom, is_dicom, read_dicom
 from pgsam.formats.itk import read_itk
-from pgsam.formats.nifti import drop_third_axis, read_nifti
+from pgsam.formats.nifti import LONGEST_AXIS, read_nifti, write_nifti
 from pgsam.formats.pictures import read_labels, read_picture
 from pgsam.volume import Volume
 
@@ -30,6 +31,7 @@ _DICOM = (".dcm", ".ima")
 _ARRAYS = (".npy.h5", ".npz", ".npy", ".h5")
 _PICTURES = (".png", ".jpeg", ".jpg", ".tiff", ".tif", ".bmp")
 SUFFIXES: tuple[str, ...] = tuple(sorted((*_NIFTI, *_ITK, *_DICOM, *_ARRAYS, *_PICTURES, ".zip"), key=lambda suffix: (-len(suffix), suffix)))
+_LONGEST_NAME = 255  # bytes, on the file systems in use
 WRITTEN_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 
 
@@ -48,6 +50,8 @@ class Scan:
         files: what was read.
         spacing_known: whether the spacing of `volume` is the file's; pictures, bare arrays and some single DICOM images say none or not all, and
             what is missing is taken as 1 mm. The third edge of a file of two axes is 1 mm by convention.
+        image_kind, window: how preprocessing scaled an array to [0, 1], where its file says so: "ct_window" or "percentile", and the source's
+            values that became 0 and 1.
     """
 
     volume: Volume
@@ -58,6 +62,8 @@ class Scan:
     white: float | None = None
     files: tuple[Path, ...] = ()
     spacing_known: bool = True
+    image_kind: str | None = None
+    window: tuple[float, float] | None = None
 
 
 @contextmanager
@@ -70,7 +76,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         UserError: the file cannot be written (no such folder, no rights, disk full).
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = _name_beside(path)
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -79,7 +85,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); check the folder, its rights and the free space") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where it could not be made, it cannot be looked for
+            temporary.unlink(missing_ok=True)
+
+
+def _name_beside(path: Path) -> Path:
+    """`.PID.NAME` in the folder of `path`, or a shorter name in ASCII where a file system or library may refuse that one."""
+    name = f".{os.getpid()}.{path.name}"
+    if not name.isascii() or len(name) > _LONGEST_NAME:
+        suffix = suffix_of(path) or path.suffix
+        name = f".{os.getpid()}.{zlib.crc32(os.fsencode(path.name)):08x}{suffix if suffix.isascii() and len(suffix) < _LONGEST_NAME // 2 else ''}"
+    return path.with_name(name)
 
 
 # --- which files there are ----------------------------------------------------------------------------------------------------------------
@@ -92,12 +108,17 @@ def suffix_of(path: str | Path) -> str | None:
 
 
 def stem_of(path: str | Path) -> str:
-    """A file's name without the suffix of its format: `case01` of `case01.nii.gz`; a folder's whole name."""
+    """A file's name without the suffix of its format: `case01` of `case01.nii.gz`; a folder's whole name, as it was given."""
     path = Path(path)
     if path.is_dir():
-        return path.resolve().name
+        return (path.resolve() if path.name in ("", "..") else path).name
     suffix = suffix_of(path)
     return path.name[: -len(suffix)] if suffix else path.stem
+
+
+def is_picture(path: str | Path) -> bool:
+    """Whether a file's name says that it is a picture (PNG, JPEG, TIFF, BMP)."""
+    return suffix_of(path) in _PICTURES
 
 
 def find_scans(folder: str | Path) -> list[Path]:
@@ -107,12 +128,17 @@ def find_scans(folder: str | Path) -> list[Path]:
     DICOM files lie directly is one scan: `[folder]`.
 
     Raises:
-        UserError: there is no such folder, or it cannot be listed.
+        UserError: there is no such folder, it cannot be listed, or DICOM files and other images lie in it side by side.
     """
     folder = Path(folder)
     try:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-        if any(entry.is_file() and suffix_of(entry) in (None, *_DICOM) and is_dicom(entry) for entry in entries):
+        dicom = next((entry for entry in entries if entry.is_file() and suffix_of(entry) in (None, *_DICOM) and is_dicom(entry)), None)
+        if dicom is not None:
+            others = (entry for entry in entries if entry.is_file() and suffix_of(entry) not in (None, *_DICOM) and not is_dicom(entry))
+            if (other := next(others, None)) is not None:
+                found = f"found {dicom.name} and {other.name}"
+                raise UserError(f"{folder}: expected the files of one DICOM series or other images, {found}; put them into folders of their own")
             return [folder]
         return [entry for entry in entries if (holds_dicom(entry) if entry.is_dir() else suffix_of(entry))]
     except OSError as error:
@@ -122,19 +148,24 @@ def find_scans(folder: str | Path) -> list[Path]:
 # --- reading ------------------------------------------------------------------------------------------------------------------------------
 
 
-def read_volume(path: str | Path, *, series: str | None = None) -> Volume:
+def read_volume(path: str | Path, *, series: str | None = None, key: str = "image") -> Volume:
     """Reads one number a voxel as [D, H, W] in file order, an image or a label map; the stored number type is kept, scaled files become float.
 
     A picture is read as a label map: a palette picture gives its indices, a colour picture its grey values if red, green and blue are equal.
+
+    Args:
+        series: as for `read_scan`.
+        key: which array of an .npz or .h5; other formats hold one thing, and pass it over. "label" is that of TransUNet's files and ours.
 
     Raises:
         UserError: as `read_scan`, or a picture in colour.
     """
     path = Path(path)
-    if path.is_file() and suffix_of(path) in _PICTURES:
-        with _reporting(path):
+    with _reporting(path):
+        if path.is_file() and is_picture(path):
+            check_utf8(path)
             return read_labels(path)
-    scan = read_scan(path, series=series)
+        scan = _read(path, series, key)
     if scan.colour is not None:  # a picture in a zip
         raise UserError(f"{path}: expected one number a pixel, found a colour picture; save it in grey, or its class numbers as a palette PNG")
     return scan.volume
@@ -149,13 +180,12 @@ def read_scan(path: str | Path, *, series: str | None = None) -> Scan:
             the error message gives.
 
     Raises:
-        UserError: the file is missing, empty, damaged, of no known format, not one volume, holds NaN or infinity, or has no possible geometry.
+        UserError: the file is missing, empty, damaged, of no known format, not one volume, holds NaN or infinity, or has no possible geometry, or
+            its path is not UTF-8.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file; check the path")
     with _reporting(path):
-        return _read(path, series)
+        return _read(path, series, "image")
 
 
 @contextmanager
@@ -167,21 +197,33 @@ def _reporting(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({error}); check its rights and the disk") from error
 
 
-def _read(path: Path, series: str | None) -> Scan:
+def _read(path: Path, series: str | None, key: str) -> Scan:
+    check_utf8(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; check the path")
     suffix = None if path.is_dir() else suffix_of(path)
     if path.is_dir() or suffix in _DICOM or (suffix is None and is_dicom(path)):
         volume, modality, axes, files, spacing_known = read_dicom(path, series)
         return Scan(volume, stem_of(path), modality, axes, files=files, spacing_known=spacing_known)
     if suffix == ".zip":
-        return _read_zip(path, series)
+        return _read_zip(path, series, key)
     if series is not None:
         raise UserError(f"{path}: --series {series} chooses among the series of a DICOM folder or zip, found a {suffix} file; leave it out")
     if suffix in _PICTURES:
         volume, colour, white = read_picture(path)
         return Scan(volume, stem_of(path), "picture", 2, colour, white, (path,), spacing_known=False)
     if suffix in _ARRAYS:
-        volume, axes, scaled, spacing_known = read_array(path)
-        return Scan(volume, stem_of(path), "scaled" if scaled else None, axes, files=(path,), spacing_known=spacing_known)
+        stored = read_array(path, key)
+        return Scan(
+            stored.volume,
+            stem_of(path),
+            "scaled" if stored.scaled else None,
+            stored.axes,
+            files=(path,),
+            spacing_known=stored.spacing_known,
+            image_kind=stored.image_kind,
+            window=stored.window,
+        )
     if suffix in _ITK:
         volume, axes, files = read_itk(path)
         return Scan(volume, stem_of(path), axes=axes, files=files)
@@ -191,16 +233,16 @@ def _read(path: Path, series: str | None) -> Scan:
     raise UserError(f"{path}: expected one of {' '.join(SUFFIXES)}, found {describe_file(path)}")
 
 
-def _read_zip(path: Path, series: str | None) -> Scan:
+def _read_zip(path: Path, series: str | None, key: str) -> Scan:
     """The one scan in a zip, under the zip's name; messages name the member as if the zip were a folder."""
     with unpacked(path) as folder:
         files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
         images = [file for file in files if suffix_of(file) not in (None, ".zip", *_DICOM)]
         try:
             if holds_dicom(folder):
-                scan = _read(folder, series)
+                scan = _read(folder, series, key)
             elif len(images) == 1:
-                scan = _read(images[0], series)
+                scan = _read(images[0], series, key)
             else:
                 names = ", ".join(str(file.relative_to(folder)) for file in images[:5]) or "none"
                 raise UserError(f"{path}: expected a DICOM series or one image in the zip, found {len(images)} images ({names}); unpack it")
@@ -222,10 +264,12 @@ def write_volume(path: str | Path, array: np.ndarray, geometry: Volume | np.ndar
             other formats have no third coordinate for it.
 
     Raises:
-        UserError: the name has another suffix, the file cannot be written, or the format cannot hold this place in two axes.
-        ValueError: the shape is not the volume's, or the axes are not at right angles (a NIfTI written by SimpleITK cannot hold them).
+        UserError: the name has another suffix or is not UTF-8, the file cannot be written, or the format cannot hold an axis so long or this
+            place in two axes.
+        ValueError: the shape is not the volume's, or the axes are not at right angles (no reader of ours would take them back).
     """
     path = Path(path)
+    check_utf8(path)
     if suffix_of(path) not in WRITTEN_SUFFIXES:
         raise UserError(f"{path}: results are written as {', '.join(WRITTEN_SUFFIXES)}; give a name that ends in one of these")
     if isinstance(geometry, Volume) and geometry.array.shape != array.shape:
@@ -237,15 +281,19 @@ def write_volume(path: str | Path, array: np.ndarray, geometry: Volume | np.ndar
         raise ValueError("the axes of the affine are not at right angles")
     if axes == 2 and suffix_of(path) not in _NIFTI and not _lies_in_plane(volume.affine):
         raise UserError(f"{path}: a 2-D file of this kind holds no place off the plane z = 0; give a name that ends in .nii.gz or .nii")
+    if suffix_of(path) in _NIFTI and max(array.shape) > LONGEST_AXIS:
+        raise UserError(f"{path}: expected axes of at most {LONGEST_AXIS} voxels, found {array.shape}; give a name that ends in .nrrd or .mha")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); check the folder and its rights") from error
+    array = array.astype({"b1": np.uint8, "f2": np.float32}.get(array.dtype.str[1:], array.dtype), copy=False)
     with replacing(path) as temporary:
+        if suffix_of(path) in _NIFTI:
+            write_nifti(temporary, array, volume.affine, axes)
+            return
         try:
-            sitk.WriteImage(_as_image(volume, axes if suffix_of(path) not in _NIFTI else 3), str(temporary), useCompression=True)
-            if axes == 2 and suffix_of(path) in _NIFTI:
-                drop_third_axis(temporary)
+            sitk.WriteImage(_as_image(Volume(array, volume.affine), axes), str(temporary), useCompression=True)
         except RuntimeError as error:
             raise UserError(f"{path}: cannot be written ({error}); check the folder, its rights and the free space") from error
 
@@ -256,8 +304,7 @@ def _lies_in_plane(affine: np.ndarray) -> bool:
 
 
 def _as_image(volume: Volume, axes: int) -> sitk.Image:
-    array = volume.array.astype({"b1": np.uint8, "f2": np.float32}.get(volume.array.dtype.str[1:], volume.array.dtype), copy=False)
-    image = sitk.GetImageFromArray(array if axes == 3 else array[0])
+    image = sitk.GetImageFromArray(volume.array if axes == 3 else volume.array[0])
     image.SetSpacing(volume.spacing_mm[::-1][:axes])
     image.SetOrigin(volume.origin_mm[:axes])
     image.SetDirection(volume.direction[:, ::-1][:axes, :axes].ravel().tolist())

@@ -6,26 +6,23 @@ then compares the cases with each other. A finding's kind is one of `KINDS`; pro
 
 import hashlib
 import re
-import zipfile
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import h5py
 import numpy as np
-import scipy.ndimage
 
 from datasets.labels import LabelMap
+from datasets.layout import IMAGE_RANGE
 from pgsam.errors import UserError
+from pgsam.formats.arrays import DAMAGE, placed
 from pgsam.formats.dicom import list_series
-from pgsam.volume import BTCV_ORIENTATION, Volume, corner_distance_mm, from_attributes, reorient, spacing_of
+from pgsam.volume import BTCV_ORIENTATION, FAT_HU, GRID_TOLERANCE_MM, Volume, corner_distance_mm, reorient
 from pgsam.volume_io import read_scan, read_volume
-from preprocess.common import _GRID_TOLERANCE_MM as GRID_TOLERANCE_MM
 from preprocess.nnunet import MOST_LABELS
+from preprocess.sides import centres_x_mm, normal_name, side_pairs
 
 KINDS = {
     "damaged file": "cannot be read, or not as what its name says",
@@ -53,14 +50,7 @@ KINDS = {
     "no patient": "a case for which --patients or --patient_regex gives no patient",
 }
 
-FAT_HU = -50.0  # every CT of a body holds fat and mostly air, both below
-# What training accepts as [0, 1], since slices that were made smaller by cubic interpolation overshoot: datasets.slices.IMAGE_RANGE without torch.
-PREPARED_RANGE = (-0.5, 1.5)
 _CLEAR_MM = 15.0  # organs whose centres are less apart across the body do not vote on its sides
-_RIGHT_ORGANS = ("liver", "gallbladder", "right kidney", "right adrenal gland")
-_LEFT_ORGANS = ("spleen", "stomach", "left kidney", "left adrenal gland")
-_SPELLINGS = {"postcava": "inferior vena cava", "ivc": "inferior vena cava", "gall bladder": "gallbladder"}
-_SIDE_WORDS = {"right": "right", "r": "right", "left": "left", "l": "left"}
 
 
 @dataclass(frozen=True)
@@ -193,7 +183,7 @@ def _read(report: Report, path: Path | None, what: str) -> Volume | None:
         return None
     except MemoryError:
         report.n_files += 1
-        report.add("damaged file", path, "expected a scan that fits into memory, found a larger one", "check its header, or use a larger machine")
+        _report_too_large(report, path)
         return None
     report.n_files += files
     return volume
@@ -212,10 +202,6 @@ def _report_unreadable(report: Report, path: Path, error: UserError) -> None:
     report.add(kind, path, found, advice)
 
 
-# What zipfile, zlib, numpy and h5py raise on damaged files (TypeError: a bare array named .npz; TokenError: a cut header of numpy).
-_DAMAGE = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError, KeyError, TypeError, TokenError)
-
-
 def _read_prepared(report: Report) -> tuple[Volume | None, Volume | None]:
     """Image and label [D, H, W] of an h5 file or of the slices that can be read, or None after a finding."""
     item = report.item
@@ -230,9 +216,12 @@ def _read_prepared(report: Report) -> tuple[Volume | None, Volume | None]:
         report.n_files += 1
         try:
             image, label, attributes = _read_arrays(path, 2 if item.slices else 3)
-            place = from_attributes(attributes, image, str(path)) or _as_btcv(image, spacing_of(attributes, str(path)))
+            place = placed(path, image, attributes)
         except UserError as error:
             report.add("damaged file", path, *said(error, path))
+            continue
+        except MemoryError:
+            _report_too_large(report, path)
             continue
         if first is None:
             first, report.orientation_assumed = place, "direction" not in attributes
@@ -263,7 +252,7 @@ def _read_arrays(path: Path, ndim: int) -> tuple[np.ndarray, np.ndarray, dict[st
             with h5py.File(path, "r") as file:
                 entries = {**{key: file[key][()] for key in ("image", "label")}, **file.attrs}
         arrays = [np.asarray(entries.pop(key)) for key in ("image", "label")]
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: expected image and label, found a damaged file ({error}); prepare the case again") from error
     image, label = arrays
     if image.shape != label.shape or image.ndim != ndim or 0 in image.shape or any(array.dtype.kind not in "fiub" for array in arrays):
@@ -274,14 +263,8 @@ def _read_arrays(path: Path, ndim: int) -> tuple[np.ndarray, np.ndarray, dict[st
     return (image[None], label[None], entries) if ndim == 2 else (image, label, entries)
 
 
-def _as_btcv(array: np.ndarray, spacing_mm: tuple[float, float, float] | None) -> Volume:
-    """An array [D, H, W] whose file does not place it, taken to lie as BTCV's; 1 mm where the spacing is not known either."""
-    affine = np.zeros((4, 4))
-    affine[3, 3] = 1
-    for axis, (letter, edge) in enumerate(zip(reversed(BTCV_ORIENTATION), spacing_mm or (1.0, 1.0, 1.0), strict=True)):
-        row = next(row for row, pair in enumerate(("LR", "PA", "SI")) if letter in pair)
-        affine[row, axis] = edge if letter in "LPS" else -edge
-    return Volume(array, affine)
+def _report_too_large(report: Report, path: Path) -> None:
+    report.add("damaged file", path, "expected a scan that fits into memory, found a larger one", "check its header, or use a larger machine")
 
 
 # --- image ------------------------------------------------------------------------------------------------------------------------------
@@ -309,7 +292,7 @@ def _check_intensity(report: Report, array: np.ndarray, path: Path | None, modal
     if lo == hi:
         report.add("constant image", path, f"found the value {lo:g} everywhere", "replace the file or leave the case out")
     elif report.item.prepared:
-        if lo < PREPARED_RANGE[0] or hi > PREPARED_RANGE[1]:
+        if lo < IMAGE_RANGE[0] or hi > IMAGE_RANGE[1]:
             report.add("intensity", path, f"expected an image scaled to [0, 1], found {values}", "scale it first (preprocess/)")
     elif lo >= FAT_HU and (kind == "ct_window" or (kind is None and modality == "ct")):
         advice = "if it is no CT, say --image_kind percentile, here and when preparing; else restore the rescale intercept"
@@ -352,7 +335,7 @@ def _check_sides(report: Report, label: Volume, path: Path | None, targets: Mapp
     if label_map is None:
         return
     names = label_map.source_names or {value: label_map.class_names[target - 1] for value, target in targets.items() if target}
-    x_mm = _centres(label, {value: normal_name(name) for value, name in names.items() if value in (report.labels or ())})
+    x_mm = centres_x_mm(label, {value: normal_name(name) for value, name in names.items() if value in (report.labels or ())})
     clear = [(right, left) for right, left in side_pairs(x_mm) if abs(x_mm[right] - x_mm[left]) >= _CLEAR_MM]
     wrong = [(right, left) for right, left in clear if x_mm[right] > x_mm[left]]
     report.sides = len(clear) - len(wrong), len(wrong)
@@ -363,41 +346,6 @@ def _check_sides(report: Report, label: Volume, path: Path | None, targets: Mapp
             found += f" (its file tells no orientation, BTCV's {BTCV_ORIENTATION} is assumed)"
         advice = "label or header is mirrored: compare both with the original scan; situs inversus is the rare innocent cause"
         report.add("left-right flip", path, found, advice)
-
-
-def normal_name(name: str) -> str:
-    """`Kidney_R` -> `right kidney`, `postcava` -> `inferior vena cava`: lower case, the side first and in full."""
-    words = re.split(r"[\s_()\[\],-]+", name.strip(" ()[]").lower())
-    sides = [_SIDE_WORDS[word] for word in words if word in _SIDE_WORDS]
-    rest = " ".join(word for word in words if word not in _SIDE_WORDS)
-    rest = _SPELLINGS.get(rest, rest)
-    if rest in ("adrenal", "suprarenal gland"):
-        rest = "adrenal gland"
-    return " ".join([*sides, rest])
-
-
-def side_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of normal names of which the first lies to the patient's right of the second."""
-    known = set(names)
-    pairs = [*product(_RIGHT_ORGANS, _LEFT_ORGANS), ("inferior vena cava", "aorta")]
-    pairs += [(name, f"left {name[6:]}") for name in sorted(known) if name.startswith("right ")]
-    return [pair for pair in dict.fromkeys(pairs) if known.issuperset(pair)]
-
-
-def _centres(label: Volume, names: Mapping[int, str]) -> dict[str, float]:
-    """Organ -> x of its centre in LPS mm, larger to the patient's left; several values of one name are one organ."""
-    top = max(names, default=0)
-    whole = np.where(label.array <= top, label.array, 0).clip(0).astype(np.int32)  # find_objects takes signed integers
-    boxes = scipy.ndimage.find_objects(whole, max_label=top)
-    sums: dict[str, np.ndarray] = {}
-    for value, name in names.items():
-        box = boxes[value - 1] if value > 0 else None
-        if box is None:
-            continue
-        index = np.argwhere(whole[box] == value) + [part.start for part in box]  # (n, 3)
-        x = index @ label.affine[0, :3] + label.affine[0, 3]
-        sums[name] = sums.get(name, np.zeros(2)) + np.array((x.sum(), len(x)))
-    return {name: float(total / count) for name, (total, count) in sums.items()}
 
 
 # --- image and label --------------------------------------------------------------------------------------------------------------------

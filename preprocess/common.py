@@ -15,13 +15,11 @@ no longer asked for leave the manifest and the lists; their files stay on the di
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -31,14 +29,26 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.labels import LabelMap
+from datasets.layout import FILES
 from pgsam.errors import UserError
-from pgsam.volume import Volume, check_orientation, corner_distance_mm, intensity_window, reorient, scale_to_window, take_slice, to_attributes
+from pgsam.volume import (
+    GRID_TOLERANCE_MM,
+    Volume,
+    check_orientation,
+    corner_distance_mm,
+    intensity_window,
+    reorient,
+    scale_to_window,
+    take_slice,
+    to_attributes,
+)
 from pgsam.volume_io import read_volume, replacing
+from preprocess.jobs import default_workers, run_jobs
 
 MANIFEST_FORMAT = 1
-SPLITS = ("train", "test")
-_GRID_TOLERANCE_MM = 1e-2
-_TRAIN, _TEST, _LISTS = "train_npz", "test_vol_h5", "lists"
+SPLITS = tuple(FILES)
+_LISTS = "lists"
+(_TRAIN, _TRAIN_LIST), (_TEST, _TEST_LIST) = FILES["train"], FILES["test"]
 
 
 @dataclass(frozen=True)
@@ -105,12 +115,13 @@ def preprocess(cases: Sequence[Case], settings: Settings, output: Path, *, num_w
     for folder in (_TRAIN, _TEST, _LISTS):
         (output / folder).mkdir(parents=True, exist_ok=True)
     if todo:  # until all are done, nothing may train on a part
-        for name in ("train.txt", "test_vol.txt"):
+        for name in (_TRAIN_LIST, _TEST_LIST):
             (output / _LISTS / name).unlink(missing_ok=True)
         _write_manifest(cases, finished, settings, output)
     with tqdm(total=len(cases), initial=len(cases) - len(todo), unit="case", desc=output.name, disable=None if todo else True) as progress:
-        for name, entry in _run(todo, settings, output, num_workers):
-            finished[name] = entry
+        jobs = [partial(process_case, case, settings, output) for case in todo]
+        for index, entry in run_jobs(jobs, num_workers):
+            finished[todo[index].name] = entry
             _write_manifest(cases, finished, settings, output)
             progress.update()
     manifest = _write_manifest(cases, finished, settings, output)
@@ -130,15 +141,10 @@ def summary(manifest: dict[str, Any], output: Path) -> str:
     lines[0] += f"{manifest['num_classes']} classes, orientation {', '.join(sorted(found))}"
     if len(found) > 1:
         lines.append("warning: the cases differ in orientation, so their slices are not alike; preprocess/nifti.py brings them to one")
-    apart = [name for name, entry in manifest["cases"].items() if entry["grid_distance_mm"] > _GRID_TOLERANCE_MM]
+    apart = [name for name, entry in manifest["cases"].items() if entry["grid_distance_mm"] > GRID_TOLERANCE_MM]
     if apart:
         lines.append(f"warning: the headers of image and label place them apart in {', '.join(apart)}; the arrays were paired as they are")
     return "\n".join(lines)
-
-
-def default_workers() -> int:
-    """Processes that prepare cases: one a core, at most 8, since each holds a scan in memory."""
-    return min(8, os.cpu_count() or 1)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -258,7 +264,7 @@ def _read_case(case: Case, settings: Settings) -> tuple[Volume, np.ndarray, str,
     if image.array.shape != label.array.shape:
         raise UserError(f"expected one shape, found {image.array.shape} in {case.image} and {label.array.shape} in {case.label}")
     distance = corner_distance_mm(image, label)
-    if settings.strict_grid and distance > _GRID_TOLERANCE_MM:
+    if settings.strict_grid and distance > GRID_TOLERANCE_MM:
         raise UserError(
             f"expected {case.image} and {case.label} on one grid, found corner voxels up to {distance:.3g} mm apart; "
             "resample the label onto the image or put its header right"
@@ -302,33 +308,6 @@ def _state(path: Path, settings: Settings) -> list[tuple[str, int, int]]:
 
 
 # --- all cases --------------------------------------------------------------------------------------------------------------------------
-
-
-def _run(todo: Sequence[Case], settings: Settings, output: Path, num_workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, entry) of every case as it is finished; after a bad case none is begun, those begun are finished, then its error is raised."""
-    if num_workers <= 1:
-        for case in todo:
-            yield case.name, process_case(case, settings, output)
-        return
-    first_error: UserError | None = None
-    context = multiprocessing.get_context("spawn")  # the same on every system, and safe whatever threads the parent runs
-    with ProcessPoolExecutor(min(num_workers, max(len(todo), 1)), mp_context=context) as pool:
-        futures = {pool.submit(process_case, case, settings, output): case.name for case in todo}
-        for future in as_completed(futures):
-            try:
-                entry = future.result()
-            except CancelledError:
-                continue
-            except BrokenProcessPool as error:
-                raise UserError("a worker process died, most likely for lack of memory; use fewer --num_workers") from error
-            except UserError as error:
-                first_error = first_error or error
-                for other in futures:
-                    other.cancel()
-                continue
-            yield futures[future], entry
-    if first_error is not None:
-        raise first_error
 
 
 def _finished_cases(cases: Iterable[Case], settings: Settings, output: Path, overwrite: bool) -> dict[str, dict[str, Any]]:
@@ -382,8 +361,8 @@ def _write_lists(cases: Iterable[Case], finished: dict[str, dict[str, Any]], out
         return "".join(f"{line}\n" for case in cases if case.split == split for line in names(case))
 
     train = lines("train", lambda case: [path.stem for path in _output_paths(case, finished[case.name]["n_slices"], output)])
-    _write_text(output / _LISTS / "train.txt", train)
-    _write_text(output / _LISTS / "test_vol.txt", lines("test", lambda case: [case.name]))
+    _write_text(output / _LISTS / _TRAIN_LIST, train)
+    _write_text(output / _LISTS / _TEST_LIST, lines("test", lambda case: [case.name]))
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -48,28 +48,45 @@ def read_pairs(path: Path, patient_of: Callable[[str], str] | None = None) -> li
     Raises:
         UserError: no such file, other columns than expected, an empty cell, or no such label map.
     """
+    table = read_table(path, "--pairs", _COLUMNS, _OPTIONAL_COLUMNS)
+    return [_case_of_row(cells, place, path.parent, patient_of) for place, cells in table]
+
+
+def read_table(path: Path, flag: str, columns: Sequence[str], optional: Sequence[str] = ()) -> list[tuple[str, dict[str, str]]]:
+    """Of every row of a CSV file, where it stands (file and line, for messages) and column -> cell without spaces around it.
+
+    Args:
+        flag: the flag that names the file.
+        columns, optional: those that must be there and those that may be; others are said not to be read.
+
+    Raises:
+        UserError: no such file, other columns than expected, a row with more or fewer cells.
+    """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; --pairs is a CSV file with the columns {', '.join(_COLUMNS)}")
+        raise UserError(f"{path}: no such file; {flag} is a CSV file with the columns {', '.join(columns)}")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark first
             rows = csv.DictReader(file, skipinitialspace=True)
-            columns = [column.strip() for column in rows.fieldnames or ()]
-            if not set(_COLUMNS) <= set(columns) or len(set(columns)) < len(columns):
-                wanted = f"{', '.join(_COLUMNS)} and perhaps {', '.join(_OPTIONAL_COLUMNS)}, separated by commas"
-                raise UserError(f"{path}: expected the columns {wanted}, found {', '.join(columns) or 'none'}")
-            unread = [column for column in columns if column not in (*_COLUMNS, *_OPTIONAL_COLUMNS)]
+            found = [column.strip() for column in rows.fieldnames or ()]
+            if not set(columns) <= set(found) or len(set(found)) < len(found):
+                wanted = f"{', '.join(columns)}{' and perhaps ' if optional else ''}{', '.join(optional)}, separated by commas"
+                raise UserError(f"{path}: expected the columns {wanted}, found {', '.join(found) or 'none'}")
+            unread = [column for column in found if column not in (*columns, *optional)]
             if unread:
                 print(f"{path}: the columns {', '.join(unread)} are not read")
-            rows.fieldnames = columns
-            return [_case_of_row(row, f"{path}, line {rows.line_num}", path.parent, patient_of) for row in rows]
-    except (UnicodeDecodeError, csv.Error) as error:
+            rows.fieldnames = found
+            table = []
+            for row in rows:
+                place = f"{path}, line {rows.line_num}"
+                if None in row or None in row.values():
+                    raise UserError(f"{place}: expected as many cells as there are columns")
+                table.append((place, {column: cell.strip() for column, cell in row.items()}))
+            return table
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: expected a CSV file in UTF-8, found something else ({error})") from error
 
 
-def _case_of_row(row: dict[Any, Any], place: str, folder: Path, patient_of: Callable[[str], str] | None) -> Case:
-    if None in row or None in row.values():
-        raise UserError(f"{place}: expected as many cells as there are columns")
-    cells = {column: cell.strip() for column, cell in row.items()}
+def _case_of_row(cells: dict[str, str], place: str, folder: Path, patient_of: Callable[[str], str] | None) -> Case:
     empty = [column for column in _COLUMNS if not cells[column]]
     if empty:
         raise UserError(f"{place}: expected a value for {', '.join(empty)}, found an empty cell")

@@ -24,6 +24,7 @@ from preprocess.common import Case
 
 DEFAULT_TEST_FRACTION = 0.2  # of a folder without labelsTs, as one of nnU-Net's five folds
 DEFAULT_SEED = 1234
+FIRST_CHANNEL = "0000"
 MOST_LABELS = 255  # labels are uint8 between reading and writing
 
 Pairs = dict[str, tuple[Path, Path]]  # case -> (image, label)
@@ -60,8 +61,8 @@ class NnunetFolder:
 
     @property
     def image_kind(self) -> str:
-        """nnU-Net's convention: the channel "CT" holds Hounsfield units, any other is scaled image by image."""
-        return "ct_window" if self.channel.casefold() == "ct" else "percentile"
+        """As `pgsam.volume.scale_intensity`."""
+        return image_kind_of(self.channel)
 
     def explain(self) -> str:
         """One line on what was recognised."""
@@ -72,6 +73,11 @@ class NnunetFolder:
         return f"{self.root}: {self.form}, {len(self.train)} labelled cases in imagesTr, {tests}; channel {self.channel}: {kind}{labels}{notes}"
 
 
+def image_kind_of(channel: str) -> str:
+    """nnU-Net's convention: the channel "CT" holds Hounsfield units, any other is scaled image by image."""
+    return "ct_window" if channel.strip().casefold() == "ct" else "percentile"
+
+
 def read_nnunet(root: Path, *, own_labels: bool = True) -> NnunetFolder:
     """Reads dataset.json and pairs the files; with `own_labels`, the labels as they are must be usable.
 
@@ -79,7 +85,7 @@ def read_nnunet(root: Path, *, own_labels: bool = True) -> NnunetFolder:
         UserError: no dataset.json or one not understood, several channels, a file without its partner.
     """
     path = root / "dataset.json"
-    description = _read_description(root)
+    description = read_description(root)
     version = 2 if "channel_names" in description else 1
     channel = _one_channel(path, description.get("channel_names", description.get("modality")), version)
     label_map = _labels(path, description.get("labels")) if own_labels else None
@@ -179,7 +185,12 @@ def _named_tests(path: Path, known: set[str]) -> set[str]:
 # --- dataset.json -----------------------------------------------------------------------------------------------------------------------
 
 
-def _read_description(root: Path) -> dict[str, Any]:
+def read_description(root: Path) -> dict[str, Any]:
+    """dataset.json of a raw folder.
+
+    Raises:
+        UserError: there is none, or it is no JSON object.
+    """
     path = root / "dataset.json"
     if not path.is_file():
         inside = sorted(entry.parent.name for entry in root.glob("*/dataset.json")) if root.is_dir() else []
@@ -187,10 +198,10 @@ def _read_description(root: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; {_PARTS}{hint}")
     try:
         description = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, found something else ({error})") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected JSON, found something else ({error}); restore the file") from error
     if not isinstance(description, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(description).__name__}")
+        raise UserError(f"{path}: expected a JSON object, found {type(description).__name__}; restore the file")
     return description
 
 
@@ -220,15 +231,23 @@ def _file_ending(path: Path, description: dict[str, Any]) -> str:
     return ending.lower()
 
 
-def _labels(path: Path, labels: Any) -> LabelMap:
-    """Label names of {"background": 0, "liver": 1} (version 2) or {"0": "background", "1": "liver"} (version 1)."""
+def label_names(path: Path, labels: Any) -> dict[int, str]:
+    """Value -> name of {"background": 0, "liver": 1} (version 2) or {"0": "background", "1": "liver"} (version 1).
+
+    Raises:
+        UserError: it is neither.
+    """
     try:
         if all(str(key).isdigit() for key in labels):
-            names = {int(key): str(name) for key, name in labels.items()}
-        else:
-            names = {int(value): name for name, value in labels.items()}
+            return {int(key): str(name) for key, name in labels.items()}
+        return {int(value): name for name, value in labels.items()}
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: expected labels as {{'background': 0, 'liver': 1}} (no regions), found {labels!r}") from error
+        found = f"found {labels!r}; correct it or give --label_map"
+        raise UserError(f"{path}: expected labels as {{'background': 0, 'liver': 1}} (no regions), {found}") from error
+
+
+def _labels(path: Path, labels: Any) -> LabelMap:
+    names = label_names(path, labels)
     if "ignore" in names.values():
         raise UserError(f"{path}: expected every voxel to be labelled, found an 'ignore' label; relabel it or leave those cases out")
     if sorted(names) != list(range(len(names))) or len(names) < len(labels) or not 2 <= len(names) <= MOST_LABELS + 1:
@@ -246,15 +265,21 @@ def _pairs(root: Path, part: str, suffixes: Sequence[str]) -> tuple[Pairs, bool]
     plain = bool(found.keys() & labels.keys())
     images: dict[str, Path] = {}
     for name, path in found.items():
-        match = re.fullmatch(r"(.+)_(\d{4})", name)
-        if not plain and (match is None or match[2] != "0000"):
+        case, channel = (name, None) if plain else split_channel(name)
+        if not plain and channel != FIRST_CHANNEL:
             raise UserError(f"{path}: expected one channel, named NAME_0000, or NAME as its label; choose one and list its files with --pairs")
-        images[name if plain or match is None else match[1]] = path
+        images[case] = path
     alone = sorted(images.keys() ^ labels.keys())
     if alone or not images:
         what = f"alone: {', '.join(alone[:5])}" if alone else f"nothing that ends in {', '.join(suffixes)}"
         raise UserError(f"{root}: expected an image in {image_folder.name} and a label in {label_folder.name} for every case, found {what}")
     return {name: (images[name], labels[name]) for name in images}, plain
+
+
+def split_channel(name: str) -> tuple[str, str | None]:
+    """`liver_1_0000` -> (`liver_1`, `0000`): an image's case and the number of its channel; None for a name without one."""
+    match = re.fullmatch(r"(.+)_(\d{4})", name)
+    return (match[1], match[2]) if match else (name, None)
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:

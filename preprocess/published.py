@@ -61,7 +61,7 @@ class RawLayout:
         image, label = _below(root, self.image_folder), _below(root, self.label_folder)
         if image is None or label is None:
             return None
-        return (image, label) if any(_number(path.name, self.image_name) is not None for path in image.iterdir()) else None
+        return (image, label) if any(number_of(path.name, self.image_name) is not None for path in image.iterdir()) else None
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _below(root: Path, folder: str) -> Path | None:
     return found
 
 
-def _number(name: str, template: str) -> int | None:
+def number_of(name: str, template: str) -> int | None:
     """The case number of a NIfTI file's name, None if it is another file."""
     before, after = (re.escape(part) for part in template.split("{:04d}"))
     match = re.fullmatch(rf"{before}(\d{{4}}){after}\.nii(\.gz)?", name)
@@ -185,17 +185,21 @@ def _numbered(folder: Path, template: str) -> dict[int, Path]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.name.endswith(_NIFTI):
             continue
-        number = _number(path.name, template)
+        number = number_of(path.name, template)
         if number is None:
             raise UserError(f"{path}: expected a name as {template.format(1)}.nii.gz; rename it or take it out of the folder")
         if number in found:
             raise UserError(f"{folder}: {found[number].name} and {path.name} are both case {number}; keep one")
         found[number] = path
-    return {number: _file_in(path) for number, path in found.items()}
+    return {number: file_in(path) for number, path in found.items()}
 
 
-def _file_in(path: Path) -> Path:
-    """The file itself, or the one NIfTI file in a folder that has a file's name, as some programs unpack FLARE22's archive."""
+def file_in(path: Path) -> Path:
+    """The file itself, or the one NIfTI file in a folder that has a file's name, as some programs unpack FLARE22's archive.
+
+    Raises:
+        UserError: the folder holds none or several.
+    """
     if not path.is_dir():
         return path
     inside = [entry for entry in sorted(path.iterdir()) if entry.is_file() and entry.name.endswith(_NIFTI) and not entry.name.startswith(".")]

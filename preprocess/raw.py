@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets.labels import DEFAULT_DATASET
-from datasets.layout import DataFolder, find_data, read_manifest
+from datasets.layout import FILES, DataFolder, find_data, read_manifest
 from pgsam.errors import UserError
 from pgsam.volume import BTCV_ORIENTATION, CT_WINDOW
-from preprocess.common import Case, Settings, default_workers, preprocess, summary
+from preprocess.common import Case, Settings, preprocess, summary
+from preprocess.jobs import default_workers
 from preprocess.nnunet import read_nnunet, split_cases
 from preprocess.published import LAYOUTS, SPLITS, find_cases, published_settings
 
 NNUNET = "nnU-Net"
-_FILES = {"train": ("train_npz", "train.txt"), "test": ("test_vol_h5", "test_vol.txt")}
 
 
 def open_data(
@@ -44,12 +44,12 @@ def open_data(
     if recognise(root) is None:
         if prepared is not None:
             raise UserError(f"--prepared {prepared}: {root} is no raw dataset, so nothing is to be prepared; leave the flag out")
-        return find_data(root, *_FILES[split], list_dir=list_dir, dataset=dataset or DEFAULT_DATASET)
+        return find_data(root, *FILES[split], list_dir=list_dir, dataset=dataset or DEFAULT_DATASET)
     output = Path(prepared) if prepared is not None else default_output(root)
     if output.resolve() == root.resolve():
         raise UserError(f"--prepared {output}: expected another folder than the raw dataset's; name a new one")
     prepare_raw(root, dataset, output, needed=split)
-    return find_data(output, *_FILES[split], list_dir=list_dir)
+    return find_data(output, *FILES[split], list_dir=list_dir)
 
 
 def prepare_raw(root: Path, dataset: str | None, output: Path, *, needed: str | None = None, num_workers: int | None = None) -> dict[str, Any]:
@@ -95,9 +95,8 @@ def recognise(root: Path) -> str | None:
     """
     if not root.is_dir():
         return None
-    raw = [layout.name for layout in LAYOUTS if layout.find(root, below=False) is not None]
-    raw += [NNUNET] if (root / "imagesTr").is_dir() else []
-    prepared = [name for name, _ in _FILES.values() if (root / name).is_dir()]
+    raw = _raw_layouts(root)
+    prepared = [name for name, _ in FILES.values() if (root / name).is_dir()]
     if not raw and (prepared or any(path.suffix in (".npz", ".h5") for path in root.iterdir())):
         return None
     if not raw:
@@ -110,6 +109,28 @@ def recognise(root: Path) -> str | None:
     inside = sorted(path.name for path in root.iterdir() if (path / "imagesTr").is_dir())
     hint = f"{', '.join(inside[:5])} in it: name that folder" if inside else "see preprocess/ for other data"
     raise UserError(f"{root}: expected a prepared folder (with train_npz/ or test_vol_h5/) or a raw dataset ({_looked_for()}), found neither; {hint}")
+
+
+def find_prepared(root: str | Path, split: str, *, list_dir: str | Path | None = None) -> DataFolder:
+    """`find_data` for programs that prepare nothing: a raw dataset is refused by its name.
+
+    Raises:
+        UserError: as `find_data`.
+    """
+    try:
+        return find_data(root, *FILES[split], list_dir=list_dir)
+    except UserError as error:
+        raw = _raw_layouts(Path(root))
+        if not raw:
+            raise
+        how = "prepare it first (preprocess/), or name the folder that train.py made of it"
+        raise UserError(f"{root}: expected a prepared folder, found raw data of {raw[0]}; {how}") from error
+
+
+def _raw_layouts(root: Path) -> list[str]:
+    """The raw layouts that the folder itself has."""
+    published = [layout.name for layout in LAYOUTS if layout.find(root, below=False) is not None]
+    return [*published, NNUNET] if (root / "imagesTr").is_dir() else published
 
 
 def _looked_for() -> str:

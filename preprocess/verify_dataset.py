@@ -15,16 +15,12 @@ preprocess/checks.py. One bad file does not stop the rest.
 """
 
 import argparse
-import csv
 import json
-import multiprocessing
-import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,456 +29,26 @@ from tqdm import tqdm
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.labels import DATASETS, LABEL_MAPS, LabelMap, identity_label_map, load_label_map
-from datasets.layout import case_of, find_data, read_manifest
 from pgsam.errors import Parser, UserError, reports_user_errors
 from pgsam.volume import BTCV_ORIENTATION, IMAGE_KINDS
-from pgsam.volume_io import find_scans, replacing, stem_of, suffix_of
-from preprocess.checks import Finding, Item, Report, check_case, check_dataset, relative, said
-from preprocess.common import SPLITS, default_workers
-from preprocess.nifti import patient_rule, read_pairs
-from preprocess.published import BTCV, FLARE22, RawLayout
+from pgsam.volume_io import replacing
+from preprocess.checks import Finding, Report, check_case, check_dataset, relative
+from preprocess.jobs import default_workers, run_jobs
+from preprocess.listing import LISTINGS, Listing, patient_of_flags, recognise, with_patients
 from preprocess.published import SPLITS as PUBLISHED_SPLITS
 
 FORMAT = 1
-_TRAIN, _TEST = "train_npz", "test_vol_h5"
-
-
-@dataclass
-class Listing:
-    """The cases of a dataset, what is wrong with the listing itself, and one line that says what the dataset is."""
-
-    root: Path
-    said: str = ""
-    items: list[Item] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    patients_known: bool = False
-
-    def add(self, kind: str, path: Path | None, found: str, advice: str, case: str = "") -> None:
-        """Notes a finding."""
-        self.findings.append(Finding(kind, case, relative(path, self.root), found, advice))
-
-    def report(self, kind: str, path: Path, error: UserError) -> None:
-        """Notes what a reader refused."""
-        self.add(kind, path, *said(error, path))
-
-
-# --- what a source is -------------------------------------------------------------------------------------------------------------------
-
-
-def recognise(source: Path) -> str:
-    """The kind of a source, a key of `LISTINGS`.
-
-    Raises:
-        UserError: no such file or folder, or it holds nothing or more than one thing that is known.
-    """
-    if source.is_file():
-        return "csv" if source.suffix.lower() == ".csv" else "scans"
-    if not source.is_dir():
-        raise UserError(f"{source}: no such file or folder; name a dataset (see --help)")
-    kinds = ["prepared"] if source.name in (_TRAIN, _TEST) or (source / _TRAIN).is_dir() or (source / _TEST).is_dir() else []
-    kinds += ["nnunet"] if (source / "imagesTr").is_dir() else []
-    kinds += [layout.name.lower() for layout in (BTCV, FLARE22) if layout.find(source) is not None]
-    if len(kinds) > 1:
-        raise UserError(f"{source}: expected one dataset, found {' and '.join(kinds)}; say which with --kind")
-    if kinds:
-        return kinds[0]
-    if find_scans(source):
-        return "scans"
-    raise UserError(
-        f"{source}: expected a dataset, found no imagesTr (nnU-Net), {BTCV.described} (BTCV), {FLARE22.described} (FLARE22), {_TRAIN} or {_TEST} "
-        "(prepared), image files or DICOM folders; name the folder that holds them"
-    )
-
-
-def _scans_by_name(listing: Listing, folder: Path, name_of: Callable[[Path], str | None] = stem_of) -> dict[str, Path]:
-    """Name -> file or DICOM folder of what can be read in a folder; {} where there is no such folder. Hidden files are left out."""
-    found: dict[str, Path] = {}
-    for path in _entries(folder):
-        name = name_of(path)
-        if name is None:
-            listing.add("unexpected file", path, "found a name that the dataset does not know", "rename it or take it out of the folder")
-        elif name in found:
-            listing.add("listed twice", path, f"found {found[name].name} and {path.name} for one case", "keep one", name)
-        else:
-            found[name] = path
-    return found
-
-
-def _entries(folder: Path) -> list[Path]:
-    """Like `find_scans`, and folders that have a file's name with the file in it, as some programs unpack FLARE22's archive."""
-    if not folder.is_dir():
-        return []
-    named = [path for path in folder.iterdir() if path.is_dir() and suffix_of(path) and not path.name.startswith(".")]
-    return sorted({path for path in find_scans(folder) if path != folder} | set(named))
-
-
-def _unwrapped(path: Path) -> Path:
-    inside = [entry for entry in path.iterdir() if not entry.name.startswith(".")] if path.is_dir() and suffix_of(path) else []
-    return inside[0] if len(inside) == 1 else path
-
-
-def _pairs(images: dict[str, Path], labels: dict[str, Path], **common: Any) -> list[Item]:
-    names = sorted({*images, *labels})
-    return [Item(name, images.get(name), labels.get(name), **common) for name in names]
-
-
-# --- the six kinds ----------------------------------------------------------------------------------------------------------------------
-
-
-def list_csv(source: Path, args: argparse.Namespace) -> Listing:
-    """A CSV file of pairs; a patient in it goes before --patients and --patient_regex, as in preprocess/nifti.py."""
-    listing = Listing(source.parent, patients_known=True)
-    label_map, kind = _chosen_label_map(args), args.image_kind or "ct_window"
-    seen: set[str] = set()
-    for case in read_pairs(source, patient_of_flags(args)):
-        if case.name in seen:
-            listing.add("listed twice", source, f"case {case.name} stands in two rows; only the first was checked", "give each a name", case.name)
-            continue
-        seen.add(case.name)
-        if case.split not in SPLITS:
-            listing.add("bad list", source, f"expected split {' or '.join(SPLITS)}, found {case.split!r}", "correct the row", case.name)
-        item = Item(case.name, case.image, case.label, split=case.split, patient=case.patient)
-        listing.items.append(replace(item, label_map=case.label_map or label_map, image_kind=kind))
-    listing.said = f"a list of pairs, {_label_words(label_map)}, {_image_words(kind)}"
-    return listing
-
-
-def list_nnunet(source: Path, args: argparse.Namespace) -> Listing:
-    """imagesTr and labelsTr, imagesTs and perhaps labelsTs; names with nnU-Net's channel number or without, as in the Medical Decathlon."""
-    listing = Listing(source)
-    description = _description(listing)
-    label_map = _chosen_label_map(args)
-    if label_map is None and "labels" in description:
-        label_map = _described_labels(listing, description["labels"])
-    channels = description.get("channel_names", description.get("modality"))
-    channels = channels if isinstance(channels, dict) else {}
-    ct = [str(name).strip().lower() for name in channels.values()] == ["ct"]
-    kind = args.image_kind or ("ct_window" if ct else "percentile")
-    numbers = {"0000"}
-    plain = False
-    for part, split, key in (("Tr", "train", "training"), ("Ts", "test", "test")):
-        found, labels = (_scans_by_name(listing, source / f"{folder}{part}") for folder in ("images", "labels"))
-        plain = plain or bool(found.keys() & labels.keys())  # the Decathlon's names, without a channel's number
-        images: dict[str, Path] = {}
-        for name, path in found.items():
-            match = None if plain else re.fullmatch(r"(.+)_(\d{4})", name)
-            if match is None or match[2] == "0000":
-                images[match[1] if match else name] = path
-            else:
-                numbers.add(match[2])
-        _add_described_files(source, description.get(key), images, labels)
-        common = {"split": split, "label_map": label_map, "image_kind": kind, "labelled": part == "Tr" or (source / "labelsTs").is_dir()}
-        listing.items += [replace(item, patient=item.case) for item in _pairs(images, labels, **common)]
-    if len(channels) > 1 or len(numbers) > 1:
-        count = max(len(channels), len(numbers))
-        text = f"found {count} channels a case; only the first was checked"
-        listing.add("several channels", source / "dataset.json", text, "choose one and list its files in a CSV file of pairs")
-    _compare_count(listing, description)
-    listing.said = f"an nnU-Net dataset, {_label_words(label_map)}, {_image_words(kind)}"
-    return listing
-
-
-def _description(listing: Listing) -> dict[str, Any]:
-    path = listing.root / "dataset.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(description, dict):
-            return description
-        found = f"expected a JSON object, found {type(description).__name__}"
-    except FileNotFoundError:
-        listing.add("absent file", path, "there is no dataset.json", "restore it, nnU-Net and preprocess/nifti.py need it")
-        return {}
-    except (OSError, ValueError) as error:
-        found = f"expected JSON, found something else ({error})"
-    listing.add("bad list", path, found, "restore the file")
-    return {}
-
-
-def _described_labels(listing: Listing, labels: Any) -> LabelMap | None:
-    """{"background": 0, "liver": 1} (nnU-Net 2) or {"0": "background", "1": "liver"} (nnU-Net 1, Decathlon); None after a finding."""
-    path = listing.root / "dataset.json"
-    names: dict[int, str] = {}
-    try:
-        numbered = all(str(key).isdigit() for key in labels)
-        pairs = [(key, name) if numbered else (name, key) for key, name in labels.items()]
-        names = {int(value): str(name) for value, name in sorted(pairs, key=lambda pair: int(pair[0])) if int(value)}
-        understood = 0 < len(names) == len(set(names.values()))
-    except (TypeError, ValueError, AttributeError):
-        understood = False
-    if not understood:
-        found = f"expected labels as {{'background': 0, 'liver': 1}} (no regions), found {labels!r}"
-        listing.add("bad list", path, found, "correct it or give --label_map")
-        return None
-    if "ignore" in names.values():
-        found = "found an 'ignore' label, which preprocessing does not know"
-        listing.add("bad list", path, found, "relabel it or leave those cases out")
-    return LabelMap("dataset.json", tuple(names.values()), {value: target for target, value in enumerate(names, start=1)}, names)
-
-
-def _add_described_files(root: Path, entries: Any, images: dict[str, Path], labels: dict[str, Path]) -> None:
-    """Adds files that dataset.json names and that are not there, so that they are missed."""
-    for entry in entries if isinstance(entries, list) else ():
-        pair = entry if isinstance(entry, dict) else {"image": entry}
-        for key, found in (("image", images), ("label", labels)):
-            if not isinstance(pair.get(key), str):
-                continue
-            path = root / pair[key]
-            found.setdefault(stem_of(path), path)
-
-
-def _compare_count(listing: Listing, description: dict[str, Any]) -> None:
-    count = description.get("numTraining")
-    found = sum(item.split == "train" for item in listing.items)
-    if isinstance(count, int) and count != found:
-        listing.add("bad list", listing.root / "dataset.json", f"numTraining says {count} cases, found {found}", "restore the cases or correct it")
-
-
-def list_published(source: Path, args: argparse.Namespace, layout: RawLayout) -> Listing:
-    """Raw BTCV or FLARE22 with the split of `--dataset`."""
-    dataset = args.dataset or next(name for name, split in PUBLISHED_SPLITS.items() if split.layout is layout)
-    split = PUBLISHED_SPLITS[dataset]
-    folders = layout.find(source)
-    if split.layout is not layout or folders is None:
-        raise UserError(f"{source}: expected the raw files of {dataset} ({split.layout.described}), found others; leave out --dataset or --kind")
-    listing = Listing(source)
-    label_map = _chosen_label_map(args) or DATASETS[dataset].label_map
-    part_of = {number: part for part, numbers in (("train", split.train), ("test", split.test)) for number in numbers}
-    names = {split.case_name.format(number): number for number in part_of}
-
-    def name_by(template: str) -> Callable[[Path], str | None]:
-        before, after = (re.escape(part) for part in template.split("{:04d}"))
-
-        def name_of(path: Path) -> str | None:
-            match = re.fullmatch(rf"{before}(\d{{4}}){after}", path.name[: -len(suffix_of(path) or "") or None])
-            return split.case_name.format(int(match[1])) if match else None
-
-        return name_of
-
-    images, labels = (
-        {name: _unwrapped(path) for name, path in _scans_by_name(listing, folder, name_by(template)).items()}
-        for folder, template in zip(folders, (layout.image_name, layout.label_name), strict=True)
-    )
-    for item in _pairs(images, labels, label_map=label_map, image_kind=args.image_kind or "ct_window"):
-        if item.case not in names:
-            advice = "take the case out or use preprocess/nifti.py"
-            listing.add("unexpected file", item.image or item.label, f"found a case that is not in the split of {dataset}", advice, item.case)
-        listing.items.append(replace(item, split=part_of.get(names.get(item.case, -1)), patient=item.case))
-    listing.said = f"raw {layout.name} ({len(listing.items)} of {len(names)} cases), split and classes of {dataset}, {_label_words(label_map)}"
-    return listing
-
-
-def list_scans(source: Path, args: argparse.Namespace) -> Listing:
-    """Scans without labels: files and DICOM folders."""
-    listing = Listing(source if source.is_dir() else source.parent)
-    paths = find_scans(source) if source.is_dir() else [source]
-    stems = Counter(stem_of(path) for path in paths)
-    for path in paths:
-        name = stem_of(path) if stems[stem_of(path)] == 1 else path.name
-        listing.items.append(Item(name, path, labelled=False, patient=name, image_kind=args.image_kind))
-    listing.said = "scans without labels" + (f", {_image_words(args.image_kind)}" if args.image_kind else "")
-    return listing
-
-
-# --- prepared folders -------------------------------------------------------------------------------------------------------------------
-
-
-def list_prepared(source: Path, args: argparse.Namespace) -> Listing:
-    """train_npz and test_vol_h5 with their lists and manifest, ours or TransUNet's."""
-    root = source.parent if source.name in (_TRAIN, _TEST) else source
-    listing = Listing(root)
-    readable, manifest = True, {}
-    try:
-        manifest = read_manifest(root) or {}
-    except UserError as error:
-        readable = False
-        listing.report("bad list", root / "manifest.json", error)
-    known: dict[str, Any] = {name: entry for name, entry in manifest.get("cases", {}).items() if isinstance(entry, dict)}
-    label_map, words = _prepared_labels(args, manifest)
-    for split, folder in (("train", _TRAIN), ("test", _TEST)):
-        if not (root / folder).is_dir():
-            continue
-        files = _prepared_files(listing, root / folder)
-        names = _listed(listing, root, folder, args) if readable else None  # lists are read together with the manifest
-        wanted: dict[str, set[int]] = {}
-        for name in names or ():
-            wanted.setdefault(case_of(name), set()).add(_number(name))
-        listed = None if names is None else set(wanted)
-        for case, entry in known.items():
-            if entry.get("split") == split:
-                count = entry.get("n_slices") if split == "train" else 0
-                wanted.setdefault(case, set()).update(range(count if isinstance(count, int) else 0))
-        for case in sorted({*files, *wanted}):
-            found = files.get(case, {})
-            patient = str(known.get(case, {}).get("patient") or case)
-            part = split if listed is None or case in listed else None
-            item = Item(case, labelled=False, split=part, patient=patient, label_map=label_map, prepared=True)
-            if split == "test":
-                listing.items.append(replace(item, image=found.get(-1, root / folder / f"{case}.npy.h5")))
-            else:
-                listing.items.append(replace(item, slices=tuple(found[number] for number in sorted(found))))
-                _compare_slices(listing, case, root / folder, found, wanted.get(case, set()))
-    listing.said = f"prepared slices and volumes, {words}"
-    return listing
-
-
-def _prepared_labels(args: argparse.Namespace, manifest: dict[str, Any]) -> tuple[LabelMap, str]:
-    chosen = _chosen_label_map(args)
-    if chosen is not None:
-        return identity_label_map(chosen.class_names, chosen.name), f"classes of {chosen.name}"
-    if manifest.get("class_names"):
-        return identity_label_map([str(name) for name in manifest["class_names"]], "manifest.json"), "classes of manifest.json"
-    names = LABEL_MAPS["synapse8"].class_names
-    return identity_label_map(names, "synapse8"), "no manifest.json, so the 8 classes of Synapse (others: --dataset, --label_map)"
-
-
-def _number(name: str) -> int:
-    """The slice number of `case0005_slice012`; -1 for the name of a volume."""
-    match = re.search(r"_slice(\d+)$", name)
-    return int(match[1]) if match else -1
-
-
-def _prepared_files(listing: Listing, folder: Path) -> dict[str, dict[int, Path]]:
-    """Case -> number of the slice (-1 for a volume) -> file."""
-    suffix = ".npz" if folder.name == _TRAIN else ".npy.h5"
-    found: dict[str, dict[int, Path]] = {}
-    for path in sorted(folder.iterdir()):
-        name = path.name.removesuffix(suffix)
-        if path.name.startswith("."):
-            continue
-        if name == path.name or (_number(name) >= 0) != (folder.name == _TRAIN):
-            example = "case0005_slice000.npz" if folder.name == _TRAIN else "case0008.npy.h5"
-            listing.add("unexpected file", path, f"expected names as {example}", "rename it or take it out of the folder")
-            continue
-        found.setdefault(case_of(name), {})[_number(name)] = path
-    return found
-
-
-def _listed(listing: Listing, root: Path, folder: str, args: argparse.Namespace) -> Sequence[str] | None:
-    """The names in the list of a folder, None where it cannot be used."""
-    name = "train.txt" if folder == _TRAIN else "test_vol.txt"
-    try:
-        return find_data(root, folder, name, list_dir=args.list_dir, dataset=args.dataset or "Synapse").names
-    except UserError as error:
-        listing.report("bad list", root / "lists" / name, error)
-        return None
-
-
-def _compare_slices(listing: Listing, case: str, folder: Path, found: Iterable[int], wanted: set[int]) -> None:
-    """Slices that list or manifest name must be there; what neither names may only be absent at the ends."""
-    numbers = set(found)
-    absent = wanted - numbers
-    if absent:
-        text = f"list or manifest name slices {_numbers(absent)}, and there are no such files"
-        listing.add("absent file", folder / f"{case}_slice{min(absent):03d}.npz", text, "prepare the case again or correct the list", case)
-    gaps = set(range(min(numbers, default=0), max(numbers, default=-1))) - numbers - absent
-    if gaps:
-        listing.add("missing slice", folder, f"slices {_numbers(gaps)} are missing between others", "prepare the case again", case)
-
-
-def _numbers(numbers: Iterable[int]) -> str:
-    ordered = sorted(numbers)
-    return ", ".join(f"{number:03d}" for number in ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
-
-
-LISTINGS: dict[str, Callable[[Path, argparse.Namespace], Listing]] = {
-    "nnunet": list_nnunet,
-    "btcv": lambda source, args: list_published(source, args, BTCV),
-    "flare22": lambda source, args: list_published(source, args, FLARE22),
-    "csv": list_csv,
-    "prepared": list_prepared,
-    "scans": list_scans,
-}
-
-
-def _chosen_label_map(args: argparse.Namespace) -> LabelMap | None:
-    if args.label_map:
-        return load_label_map(args.label_map)
-    return DATASETS[args.dataset].label_map if args.dataset else None
-
-
-def _label_words(label_map: LabelMap | None) -> str:
-    return f"label map {label_map.name}" if label_map else "labels of unknown names (--label_map)"
-
-
-def _image_words(kind: str) -> str:
-    return "images in Hounsfield units" if kind == "ct_window" else "images in units of their own"
-
-
-# --- patients ---------------------------------------------------------------------------------------------------------------------------
-
-
-PatientRule = Callable[[str], str]  # case -> patient, "" where it knows none
-
-
-def patient_of_flags(args: argparse.Namespace) -> PatientRule | None:
-    """The rule of --patient_regex or --patients; None without them.
-
-    Raises:
-        UserError: the expression has not one group, or the file has not the columns case and patient.
-    """
-    if args.patients is not None:
-        table = _read_patients(args.patients)
-        return lambda case: table.get(case, "")
-    strict = patient_rule(args.patient_regex)
-    if strict is None:
-        return None
-
-    def tolerant(case: str) -> str:
-        try:
-            return strict(case)
-        except UserError:
-            return ""  # becomes a finding
-
-    return tolerant
-
-
-def with_patients(listing: Listing, rule: PatientRule | None) -> None:
-    """Gives every case its patient; those of a CSV file of pairs were asked for as it was read, since its own column goes first."""
-    for index, item in enumerate(listing.items):
-        if rule is not None and not listing.patients_known:
-            item = listing.items[index] = replace(item, patient=rule(item.case))
-        if not item.patient:
-            advice = "let --patients or --patient_regex cover every case"
-            listing.add("no patient", item.image or item.label, "no patient is known for this name", advice, item.case)
-
-
-def _read_patients(path: Path) -> dict[str, str]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, skipinitialspace=True)
-            columns = [column.strip() for column in rows.fieldnames or ()]
-            if not {"case", "patient"} <= set(columns):
-                raise UserError(f"{path}: expected the columns case, patient, found {', '.join(columns) or 'none'}; correct the first line")
-            rows.fieldnames = columns
-            return {(row["case"] or "").strip(): (row["patient"] or "").strip() for row in rows}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: expected a CSV file with the columns case, patient, found none that can be read ({error}); check it") from error
-
-
-# --- work and results -------------------------------------------------------------------------------------------------------------------
 
 
 def check_all(listing: Listing, num_workers: int) -> list[Report]:
     """The reports on all cases, in the order of the listing whatever the number of processes."""
-    items = listing.items
-    with tqdm(total=len(items), unit="case", desc="checked", disable=None) as progress:
-        if num_workers <= 1:
-            reports = []
-            for item in items:
-                reports.append(check_case(item, listing.root))
-                progress.update()
-            return reports
-        context = multiprocessing.get_context("spawn")  # the same on every system, and safe whatever threads the parent runs
-        with ProcessPoolExecutor(min(num_workers, max(len(items), 1)), mp_context=context) as pool:
-            futures = [pool.submit(check_case, item, listing.root) for item in items]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    progress.update()
-            except BrokenProcessPool as error:
-                raise UserError("a worker process died, most likely for lack of memory; use fewer --num_workers") from error
-            return [future.result() for future in futures]
+    jobs = [partial(check_case, item, listing.root) for item in listing.items]
+    with tqdm(total=len(jobs), unit="case", desc="checked", disable=None) as progress:
+        reports = {}
+        for index, report in run_jobs(jobs, num_workers):
+            reports[index] = report
+            progress.update()
+    return [reports[index] for index in range(len(jobs))]
 
 
 def table(findings: Sequence[Finding]) -> str:
@@ -544,6 +110,9 @@ def _case_entry(report: Report) -> dict[str, Any]:
         "sides": None if report.sides is None else dict(zip(("as expected", "reversed"), report.sides, strict=True)),
         "voxels_sha256": report.voxels,
     }
+
+
+# --- command line -----------------------------------------------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:

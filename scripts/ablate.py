@@ -134,13 +134,13 @@ def read_bank(args: argparse.Namespace) -> "OrganReports":
 
 def settle(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Notes what the rows are trained and tested on and how; a UserError if the folder holds runs or tests of something else."""
-    from datasets.layout import find_data
     from pgsam.sam.weights import sha256_of
     from pgsam.volume_io import replacing
+    from preprocess.raw import find_prepared
 
     lists = {
-        "training list": find_data(args.root_path, "train_npz", "train.txt").list_file,
-        "test list": find_data(args.root_path, "test_vol_h5", "test_vol.txt", list_dir=args.test_list_dir).list_file,
+        "training list": find_prepared(args.root_path, "train").list_file,
+        "test list": find_prepared(args.root_path, "test", list_dir=args.test_list_dir).list_file,
     }
     wanted = {"flags behind --": list(training), "--root_path": str(args.root_path.resolve())}
     wanted |= {name: sha256_of(path) for name, path in lists.items()}
@@ -201,11 +201,11 @@ def read_or_test(test: Test, args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate_test(test: Test, args: argparse.Namespace, folder: Path) -> None:
     """Tests one trained model with one set of reports."""
-    from datasets.layout import find_data
     from pgsam.engine.checkpoint import load_model, read_card
     from pgsam.engine.device import pick_device
     from pgsam.engine.evaluate import evaluate, refuse_overlap
     from pgsam.engine.flags import resolve_ckpt
+    from preprocess.raw import find_prepared
 
     path = args.output / "runs" / test.run / "final.safetensors"
     card = read_card(path)
@@ -213,7 +213,7 @@ def evaluate_test(test: Test, args: argparse.Namespace, folder: Path) -> None:
     ckpt = resolve_ckpt(flags["ckpt"], card.vit_name) if card.sam_sha256 else None
     reports = retell(test.reports, card.class_names, read_bank(args))
     model = load_model(path, ckpt=ckpt, device=str(pick_device(flags["device"])), reports=reports, verbose=False)
-    volumes = find_data(args.root_path, "test_vol_h5", "test_vol.txt", list_dir=args.test_list_dir)
+    volumes = find_prepared(args.root_path, "test", list_dir=args.test_list_dir)
     refuse_overlap(card, volumes, False)
     print(f"testing {test.folder}", flush=True)
     evaluate(model, model.card, volumes, folder, settings={"ablation": {"row": test.row, "seed": test.seed, "reports": test.reports}})

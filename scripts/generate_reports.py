@@ -211,10 +211,11 @@ def slice_jobs(args: argparse.Namespace) -> tuple[list[Job], str]:
 
 def training_pictures(args: argparse.Namespace) -> dict[str, Callable[[], np.ndarray]]:
     """The training slices of the list by their names."""
-    from datasets.layout import case_of, find_data
+    from datasets.layout import case_of
     from datasets.slices import check_slice_header, read_slice
+    from preprocess.raw import find_prepared
 
-    folder = find_data(args.root_path, "train_npz", "train.txt", list_dir=args.list_dir)
+    folder = find_prepared(args.root_path, "train", list_dir=args.list_dir)
     orientation = orientations_of(folder, args.orientation)
 
     def read(name: str) -> np.ndarray:
@@ -228,10 +229,10 @@ def training_pictures(args: argparse.Namespace) -> dict[str, Callable[[], np.nda
 
 def volume_pictures(args: argparse.Namespace) -> dict[str, Callable[[], np.ndarray]]:
     """All slices of the test volumes of the list, as `<case>_slice<ddd>`."""
-    from datasets.layout import find_data
     from datasets.volumes import case_path, check_case_header, read_case
+    from preprocess.raw import find_prepared
 
-    folder = find_data(args.volume_path, "test_vol_h5", "test_vol.txt", list_dir=args.list_dir)
+    folder = find_prepared(args.volume_path, "test", list_dir=args.list_dir)
     orientation = orientations_of(folder, args.orientation)
 
     @functools.lru_cache(maxsize=1)

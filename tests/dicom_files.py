@@ -94,11 +94,13 @@ def slice_bytes(
     uid: str = "1.2.3.77",
     modality: str = "CT",
     photometric: str = "MONOCHROME2",
+    bits_stored: int | None = None,
     syntax: str = EXPLICIT,
 ) -> bytes:
-    """One slice [H, W] of 16-bit numbers as they are stored, before slope and intercept; colour as [H, W, 3] uint8."""
+    """One slice [H, W] of 8- or 16-bit numbers as they are stored, before slope and intercept; colour as [H, W, 3] uint8."""
     colour = pixels.ndim == 3
-    bits = 8 if colour else 16
+    bits = 8 * pixels.dtype.itemsize
+    stored = bits_stored or bits
     parts: list[tuple[int, int, str, str | bytes | int]] = [
         (8, 0x16, "UI", {"CT": CT, "MR": MR}.get(modality, "1.2.840.10008.5.1.4.1.1.7")),
         (8, 0x18, "UI", f"{uid}.{0 if position is None else round(100 * position[2]) + 10**6}"),
@@ -113,8 +115,8 @@ def slice_bytes(
         (0x28, 0x11, "US", pixels.shape[1]),
         *([(0x28, 0x30, "DS", spacing)] if spacing else []),
         (0x28, 0x100, "US", bits),
-        (0x28, 0x101, "US", bits),
-        (0x28, 0x102, "US", bits - 1),
+        (0x28, 0x101, "US", stored),
+        (0x28, 0x102, "US", stored - 1),
         (0x28, 0x103, "US", int(pixels.dtype.kind == "i")),
         *([] if colour else [(0x28, 0x1052, "DS", intercept), (0x28, 0x1053, "DS", slope)]),
         (0x7FE0, 0x10, "OW", pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()),

@@ -33,7 +33,7 @@ from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.overlay import WorstSlices, for_display, heat, montage, overlay, save_png, show_case
 from pgsam.report import write_report
-from pgsam.volume import Volume, reorient
+from pgsam.volume import Turn, turn_to
 from pgsam.volume_io import write_volume
 
 Spacing = tuple[float, float, float]
@@ -170,28 +170,26 @@ def segment_case(
             f"{path} ({case.name}): was scaled by {case.image_kind} {case.window}, the checkpoint was trained on {card.image_kind} {card.window}; "
             "preprocess the volumes as the training slices"
         )
-    image, turned = case.image, None
+    image, turn = case.image, None
     told = texts.read_case(case.name, len(image)) if texts is not None else None
     # SAMed's files do not say their orientation: there the stored order is taken as it is, which is what SAMed does.
     if case.geometry is not None and case.orientation != card.orientation and card.training_cases is not None:
-        turned = reorient(Volume(case.image, case.geometry.affine), card.orientation)
-        image = np.ascontiguousarray(turned.array)
+        turn = turn_to(case.geometry, card.orientation)
+        image = np.ascontiguousarray(turn.array(case.image))
         if told is not None:
-            order = _slice_order(case, path, card.orientation)
+            order = _slice_order(case, path, turn, card.orientation)
             told = told[torch.from_numpy(order)] if isinstance(told, torch.Tensor) else [told[i] for i in order]
     with tqdm(total=len(image), desc=case.name, unit="slice", leave=False, disable=None) as bar:
         labels = segment_slices(model, image, input_size=card.input_size, batch_size=batch_size, texts=told, progress=bar.update)
-    return labels if turned is None else np.ascontiguousarray(reorient(Volume(labels, turned.affine), str(case.orientation)).array)
+    return labels if turn is None else turn.undo(labels)
 
 
-def _slice_order(case: Case, path: Path, orientation: str) -> np.ndarray:
-    """The stored number of each slice in another orientation; a UserError if the slices themselves are other planes there."""
-    assert case.geometry is not None
-    numbers = np.broadcast_to(np.arange(len(case.image), dtype=np.int32)[:, None, None], case.image.shape)
-    turned = reorient(Volume(numbers, case.geometry.affine), orientation).array
-    if turned.shape[0] != len(case.image) or (turned != turned[:, :1, :1]).any():
+def _slice_order(case: Case, path: Path, turn: Turn, orientation: str) -> np.ndarray:
+    """The stored number of each slice after a turn; a UserError if the slices themselves are other planes then."""
+    if turn.order[0] != 0:
         raise UserError(f"{path} ({case.name}): its slices are other planes than the checkpoint's ({orientation}), so their reports do not fit")
-    return np.ascontiguousarray(turned[:, 0, 0])
+    numbers = np.arange(len(case.image), dtype=np.int32)
+    return numbers[::-1].copy() if 0 in turn.flipped else numbers
 
 
 def metrics_of_case(

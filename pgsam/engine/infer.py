@@ -2,12 +2,14 @@
 
 The folder holds, for every case, `<case>_seg.nii.gz` (`<case>_seg.png` for a picture) and `<case>.png`; for all of them together
 `labels_itksnap.txt` and `labels_slicer.ctbl`, `volumes.csv` and `run.json`; with references also `<case>_difference.png` and `metrics.json`.
+The tables are those of the newest run.
 """
 
 import csv
 import hashlib
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -30,10 +33,9 @@ from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.overlay import save_png, show_case
 from pgsam.sam.weights import sha256_of
-from pgsam.volume import Volume, corner_distance_mm, reorient
-from pgsam.volume_io import Scan, find_scans, read_scan, read_volume, replacing, stem_of, write_volume
+from pgsam.volume import GRID_TOLERANCE_MM, Volume, corner_distance_mm, reorient, turn_to
+from pgsam.volume_io import Scan, find_scans, is_picture, read_scan, read_volume, replacing, stem_of, write_volume
 
-GRID_TOLERANCE_MM = 1e-2
 _DIFFERENCES = ("missed", "not in the reference", "another organ")
 _DIFFERENCE_COLOURS = ((66, 135, 245), (255, 176, 0), (220, 60, 180))  # told apart with any colour vision
 
@@ -68,7 +70,7 @@ class Reference:
     def read(self, scan: Scan, num_classes: int) -> np.ndarray:
         """The classes `[D, H, W]` uint8 on the grid of `scan`; a UserError if the file lies elsewhere or holds other labels."""
         image = scan.volume
-        volume = reorient(read_volume(self.path), image.orientation)
+        volume = reorient(read_volume(self.path, key="label"), image.orientation)
         if volume.array.shape != image.array.shape:
             found = f"found {volume.array.shape}, the scan has {image.array.shape}"
             raise UserError(f"{self.path}: expected a reference on the grid of {scan.name}, {found}; resample it onto the scan")
@@ -125,15 +127,19 @@ def find_inputs(path: Path, series: str | None = None) -> dict[str, Path]:
         raise UserError(f"{path}: no such file or folder; check the path")
     if not path.is_dir() or series is not None:
         return {stem_of(path): path}
-    inputs: dict[str, Path] = {}
-    for found in find_scans(path):
-        name = stem_of(found)
-        if name in inputs:
-            raise UserError(f"{path}: {inputs[name].name} and {found.name} would both give {name}_seg; keep one, or name the file")
-        inputs[name] = found
+    inputs = _by_name(find_scans(path), path, "would give results of one name; keep one, or name the file")
     if not inputs:
         raise UserError(f"{path}: expected scans, pictures or DICOM files, found none; name a file or the folder that holds them")
     return inputs
+
+
+def _by_name(paths: Sequence[Path], folder: Path, problem: str) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for path in paths:
+        twin = named.setdefault(stem_of(path), path)
+        if twin != path:
+            raise UserError(f"{folder}: {twin.name} and {path.name} {problem}")
+    return named
 
 
 def find_references(inputs: Mapping[str, Path], reference: Path, label_map: LabelMap | None) -> dict[str, Reference]:
@@ -146,7 +152,7 @@ def find_references(inputs: Mapping[str, Path], reference: Path, label_map: Labe
         if len(inputs) > 1:
             raise UserError(f"{reference}: expected a folder of references for {len(inputs)} scans, found a file or nothing")
         return {name: Reference(reference, label_map) for name in inputs}
-    files = {stem_of(path): path for path in find_scans(reference)}
+    files = _by_name(find_scans(reference), reference, "are references of one name; keep one")
     found = {name: files.get(name) or files.get(name.removesuffix("_0000")) for name in inputs}
     absent = [name for name, path in found.items() if path is None]
     if absent:
@@ -184,24 +190,23 @@ def infer(
         UserError: an input is bad and `go_on` is not set; what was done before stays.
     """
     card = model.card
-    if output.is_dir() and any(path.is_file() and path.parent.resolve() == output.resolve() for path in inputs.values()) and len(inputs) > 1:
-        raise UserError(f"{output}: holds the scans themselves; give another folder for the results (-o)")
+    check_output(output, inputs, references or {}, options)
     results: list[CaseResult] = []
 
     def write_tables() -> None:
-        output.mkdir(parents=True, exist_ok=True)
         _write_tables(output, card, results, {**(settings or {}), "notes": notes_on_texts(card, texts)})
 
     for name, path in inputs.items():
         try:
             result = infer_case(model, path, output, options=options, reference=(references or {}).get(name), texts=texts, say=say)
-        except UserError as error:
+        except (UserError, MemoryError, torch.OutOfMemoryError) as problem:
+            error = problem if isinstance(problem, UserError) else UserError(f"{path}: expected memory for this scan, found less ({problem})")
             results.append(CaseResult(name, path.name, error=str(error)))
             if go_on or len(results) > 1:  # where nothing was done, nothing is left behind
                 write_tables()
             if not go_on:
                 left = f"; {len(results) - 1} of {len(inputs)} are done, --continue goes on after a bad one" if len(inputs) > 1 else ""
-                raise UserError(f"{error}{left}") from error
+                raise UserError(f"{error}{left}") from problem
             print(f"error: {error}", file=sys.stderr)
             continue
         results.append(result)
@@ -226,7 +231,7 @@ def infer_case(
     intensity = choose_intensity(scan, card, modality=options.modality, window=options.window)
     if intensity.warning:
         say(f"warning: {intensity.warning}")
-    slices = len(reorient(scan.volume, card.orientation).array)
+    slices = scan.volume.array.shape[turn_to(scan.volume, card.orientation).order[0]]
     told = texts.read_case(scan.name, slices) if texts is not None else None
     started = time.perf_counter()
     with tqdm(total=slices, desc=scan.name, unit="slice", disable=None) as bar:
@@ -260,35 +265,65 @@ def _hash_of(files: Sequence[Path]) -> str:
 # --- what is written --------------------------------------------------------------------------------------------------------------------
 
 
+def targets_of(name: str, *, picture: bool, reference: bool, similarity: bool) -> list[str]:
+    """The files of one case, its labels first."""
+    extra = [f"{name}_difference.png"] * reference + [f"{name}_similarity.png"] * similarity
+    return [f"{name}_seg.png" if picture else f"{name}_seg.nii.gz", f"{name}.png", *extra]
+
+
+def check_output(output: Path, inputs: Mapping[str, Path], references: Mapping[str, Reference], options: Options) -> None:
+    """Looks, before any work is done, whether the results have a place, and nothing else would be lost.
+
+    Raises:
+        UserError: the folder cannot be written, two inputs would give a file of one name, or a result would take the place of an input, of a
+            reference, or of a file in a folder that holds no earlier results.
+    """
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{output}: cannot be written ({there} is {'not writable' if there.is_dir() else 'no folder'}); give another folder (-o)")
+    if len(inputs) > 1 and any(path.parent.resolve() == output.resolve() for path in inputs.values()):
+        raise UserError(f"{output}: holds the scans themselves, among which the results would be taken for scans; give another folder (-o)")
+    precious = {path.resolve() for path in (*inputs.values(), *(reference.path for reference in references.values()))}
+    ours = (output / "run.json").is_file()
+    of: dict[str, str] = {}
+    for name, path in inputs.items():
+        picture = is_picture(path)
+        for target in targets_of(name, picture=picture, reference=name in references, similarity=options.similarity):
+            file = output / target
+            if target in of:
+                raise UserError(f"{path}: would give {target} as {inputs[of[target]].name} does; give the inputs other names")
+            of[target] = name
+            if file.resolve() in precious:
+                raise UserError(f"{file}: is an input and would be written over; give another folder for the results (-o)")
+            if file.exists() and not ours:
+                raise UserError(
+                    f"{file}: is there already, in a folder without results of this program (run.json); move it, or give another folder (-o)"
+                )
+
+
 def _write_case(
     output: Path, model: SliceModel, scan: Scan, labels: Volume, image: Volume, truth: np.ndarray | None, options: Options, result: CaseResult
 ) -> None:
     card, name = model.card, scan.name
     picture = scan.modality == "picture"
     spacing = image.spacing_mm if scan.spacing_known else None
-    targets = [f"{name}_seg.png" if picture else f"{name}_seg.nii.gz", f"{name}.png"]
-    targets += [f"{name}_difference.png"] if truth is not None else []
-    targets += [f"{name}_similarity.png"] if options.similarity else []
-    own = {path.resolve() for path in scan.files}
-    for target in targets:
-        if (output / target).resolve() in own:
-            raise UserError(f"{output / target}: is the input and would be written over; give another folder for the results (-o)")
-    output.mkdir(parents=True, exist_ok=True)
+    targets = targets_of(name, picture=picture, reference=truth is not None, similarity=options.similarity)
+    _make(output)
+    for stale in set(targets_of(name, picture=picture, reference=True, similarity=True)) - set(targets):
+        (output / stale).unlink(missing_ok=True)  # of an earlier run with other flags
     if picture:
         with replacing(output / targets[0]) as temporary:
             Image.fromarray(labels.array[0]).save(temporary, format="PNG")
     else:
         write_volume(output / targets[0], labels.array, labels, axes=scan.axes)
+    turn = turn_to(scan.volume, card.orientation)
 
-    def as_seen(array: np.ndarray) -> np.ndarray:
-        return reorient(Volume(array, scan.volume.affine), card.orientation).array
-
-    maps = [("prediction", as_seen(labels.array))]
-    maps = [("reference", as_seen(truth)), *maps] if truth is not None else maps
-    shown = _in_colour(scan, card) if scan.colour is not None else image.array
+    maps = [("prediction", turn.array(labels.array))]
+    maps = [("reference", turn.array(truth)), *maps] if truth is not None else maps
+    shown = image.array if scan.colour is None else turn.array(scan.colour).astype(np.float32) / np.float32(scan.white or 255)
     save_case_picture(output / f"{name}.png", shown, maps, card, image.orientation, spacing)
     if truth is not None:
-        wrong = difference(as_seen(labels.array), as_seen(truth))
+        wrong = turn.array(difference(labels.array, truth))
         drawn = show_case(
             shown, [("difference", wrong)], _DIFFERENCES, _DIFFERENCE_COLOURS, orientation=image.orientation, spacing_mm=spacing, columns=5
         )
@@ -296,13 +331,6 @@ def _write_case(
     if options.similarity:
         save_similarity_picture(output / f"{name}_similarity.png", model, image.array, card, image.orientation, spacing)
     result.written = targets
-
-
-def _in_colour(scan: Scan, card: ModelCard) -> np.ndarray:
-    """`[D, H, W, 3]` in [0, 1], in the checkpoint's orientation."""
-    assert scan.colour is not None
-    channels = [reorient(Volume(scan.colour[..., c], scan.volume.affine), card.orientation).array for c in range(3)]
-    return np.stack(channels, axis=-1).astype(np.float32) / np.float32(scan.white or 255)
 
 
 def difference(labels: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -335,6 +363,7 @@ def slicer_colours(class_names: Sequence[str]) -> str:
 
 
 def _write_tables(output: Path, card: ModelCard, results: Sequence[CaseResult], settings: Mapping[str, Any]) -> None:
+    _make(output)
     _write(output / "labels_itksnap.txt", itksnap_labels(card.class_names))
     _write(output / "labels_slicer.ctbl", slicer_colours(card.class_names))
     text = io.StringIO()
@@ -361,6 +390,15 @@ def _write_tables(output: Path, card: ModelCard, results: Sequence[CaseResult], 
     if measured:
         summary = {protocol: summarise(measured, card.class_names, protocol) for protocol in PROTOCOLS}
         _write(output / "metrics.json", json.dumps({"cases": measured, "summary": summary}, indent=1, allow_nan=False) + "\n")
+    else:
+        (output / "metrics.json").unlink(missing_ok=True)  # of an earlier run
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error}); give another folder for the results (-o)") from error
 
 
 def _write(path: Path, text: str) -> None:

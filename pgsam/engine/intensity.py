@@ -11,12 +11,11 @@ import numpy as np
 
 from pgsam.errors import UserError
 from pgsam.models.card import ModelCard
-from pgsam.volume import CT_WINDOW, intensity_window, scale_to_window
+from pgsam.volume import CT_WINDOW, FAT_HU, check_window, intensity_window, scale_to_window
 from pgsam.volume_io import MODALITIES, Scan
 
 Window = tuple[float, float]
 MODALITY_OF_KIND = {"ct_window": "ct", "percentile": "mr", "rgb": "picture"}
-_FAT_HU = -100
 SCALED = "scaled"  # arrays that preprocessing brought to [0, 1]
 
 
@@ -58,7 +57,7 @@ def choose_intensity(scan: Scan, card: ModelCard, *, modality: str | None = None
             raise UserError(
                 f"{scan.name}: its values are scaled to [0, 1] already; leave --modality and --window out, or give the scan it was made from"
             )
-        return Intensity(SCALED, (0.0, 1.0), "the array is scaled already")
+        return Intensity(SCALED, (0.0, 1.0), "the array is scaled already", _warn_of_scaling(scan, card))
     trained_on = MODALITY_OF_KIND[card.image_kind]
     found, reason = _modality_of(scan, trained_on) if modality is None else (modality, "--modality")
     warning = None
@@ -66,12 +65,12 @@ def choose_intensity(scan: Scan, card: ModelCard, *, modality: str | None = None
         warning = f"{scan.name}: read as {found} ({reason}), but the checkpoint was trained on {_in_words(trained_on)}; expect no sensible labels"
         if modality is None and found in ("ct", "mr"):
             warning += f" (--modality {trained_on} if it is one)"
+    asked = window is not None
     if window is None:
         # A percentile is defined for every scan, so a checkpoint that was trained with it stays with it unless the user says otherwise.
         by_percentile = found == "mr" or (found == "ct" and trained_on == "mr" and modality is None)
         window = _window_of(scan, card, "percentile" if by_percentile else found)
-    elif not (np.isfinite(window).all() and window[0] < window[1]):
-        raise UserError(f"--window: expected LO below HI, found {window[0]:g} {window[1]:g}")
+    check_window(*window, f"{scan.name}: --window" if asked else scan.name)
     return Intensity(found, window, reason, warning)
 
 
@@ -79,9 +78,21 @@ def _modality_of(scan: Scan, trained_on: str) -> tuple[str, str]:
     if scan.modality in MODALITIES:
         return scan.modality, "its file says so"
     lowest = float(scan.volume.array.min())
-    if trained_on == "ct" and lowest >= _FAT_HU:
-        return "mr", f"no value is below {_FAT_HU} (minimum {lowest:g}) as fat and air are in Hounsfield units"
+    if trained_on == "ct" and lowest >= FAT_HU:
+        return "mr", f"no value is below {FAT_HU:g} (minimum {lowest:g}) as fat and air are in Hounsfield units"
+    if trained_on == "picture" and (lowest < 0 or scan.volume.array.max() > 255):
+        return "mr", f"its values run from {lowest:g} to {scan.volume.array.max():g}, and 8-bit pictures from 0 to 255"
     return trained_on, "its file does not say; as the checkpoint's"
+
+
+def _warn_of_scaling(scan: Scan, card: ModelCard) -> str | None:
+    """For an array that says how it was scaled, when that is not how the training images were."""
+    if scan.image_kind is None or (scan.image_kind == card.image_kind and (card.image_kind != "ct_window" or scan.window == card.window)):
+        return None
+    found, wanted = (
+        f"{kind}{'' if window is None else f' {window}'}" for kind, window in ((scan.image_kind, scan.window), (card.image_kind, card.window))
+    )
+    return f"{scan.name}: was scaled by {found}, the checkpoint was trained on {wanted}; expect no sensible labels"
 
 
 def _window_of(scan: Scan, card: ModelCard, kind: str) -> Window:

@@ -16,7 +16,7 @@ from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.resample import resize_cubic, resize_nearest
 from pgsam.tuning.lora import lora_merged
-from pgsam.volume import Volume, reorient
+from pgsam.volume import Volume, turn_to
 from pgsam.volume_io import Scan
 
 Progress = Callable[[int], object]
@@ -116,17 +116,16 @@ def segment_scan(
         The labels on exactly the grid of `scan`, and the grey image as the network saw it (in [0, 1], in the checkpoint's orientation).
     """
     intensity = intensity or choose_intensity(scan, card)
-    turned = reorient(scan.volume, card.orientation)
+    turn = turn_to(scan.volume, card.orientation)
+    turned = turn.apply(scan.volume)
     image = Volume(intensity.scale(turned.array), turned.affine)
     slices = image.array
     if scan.colour is not None and card.image_kind == "rgb":
-        channels = [reorient(Volume(scan.colour[..., c], scan.volume.affine), card.orientation).array for c in range(3)]
-        slices = intensity.scale(np.stack(channels, axis=1))
+        slices = intensity.scale(np.moveaxis(turn.array(scan.colour), -1, 1))
     labels = segment_slices(model, slices, input_size=card.input_size, batch_size=batch_size, texts=texts, progress=progress)
     if largest_component:
         labels = keep_largest(labels)
-    back = reorient(Volume(labels, turned.affine), scan.volume.orientation)
-    return Volume(np.ascontiguousarray(back.array), scan.volume.affine), image
+    return Volume(turn.undo(labels), scan.volume.affine), image
 
 
 def keep_largest(labels: np.ndarray) -> np.ndarray:

@@ -3,10 +3,12 @@
 Nothing is ever unpickled.
 """
 
+import lzma
 import math
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -18,28 +20,51 @@ from pgsam.errors import UserError
 from pgsam.formats.common import DEFLATE_RATIO, check_claim, check_finite, check_spacing, unreadable
 from pgsam.volume import BTCV_ORIENTATION, Volume, from_attributes, reorient, spacing_of
 
-# What zipfile, zlib, numpy and h5py raise on damaged files (RuntimeError: also zip flags that say encrypted; TokenError: a cut npy header).
-_DAMAGE = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError, KeyError, TypeError, TokenError)
+# What zipfile, its packings, numpy and h5py raise on damaged files (RuntimeError: also zip flags that say encrypted; TokenError: a cut npy header).
+DAMAGE = (
+    *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, TokenError),
+    *(ValueError, EOFError, OSError, RuntimeError, KeyError, TypeError),
+)
 
 _ATTRIBUTES = ("spacing", "origin", "direction", "orientation", "source", "source_orientation", "image_kind", "window")  # see to_attributes
 _ATTRIBUTE_BYTES = 1 << 16
 
 
-def read_array(path: Path, key: str = "image") -> tuple[Volume, int, bool, bool]:
-    """The volume of a .npz, .npy, .npy.h5 or .h5, its axes (2 for [H, W]), whether it is scaled to [0, 1] already, and whether its spacing is known.
+@dataclass(frozen=True, eq=False)
+class StoredArray:
+    """The volume of an array file, and what the file says of it.
 
-    The array is the one called `key`, else the only one. Without geometry in the file, the array order is taken as it is, which for TransUNet's
-    files is BTCV's (`BTCV_ORIENTATION`): unit voxels, or those of the file's `spacing`, from the origin. It counts as scaled where the file has
-    an `image_kind`, or where all values lie in [0, 1].
+    Args:
+        axes: 2 for [H, W], else 3.
+        scaled: whether it is scaled to [0, 1] already.
+        spacing_known: whether the file says its spacing.
+        image_kind, window: how it was scaled, where the file says so (see `to_attributes`).
+    """
+
+    volume: Volume
+    axes: int
+    scaled: bool
+    spacing_known: bool
+    image_kind: str | None
+    window: tuple[float, float] | None
+
+
+def read_array(path: Path, key: str = "image") -> StoredArray:
+    """Reads a .npz, .npy, .npy.h5 or .h5.
+
+    The array is the one called `key`; for "image" also the only one, whatever its name; of a .npy its only one. Without geometry in the file, the
+    array order is taken as it is, which for TransUNet's files is BTCV's (`BTCV_ORIENTATION`): unit voxels, or those of the file's `spacing`, from
+    the origin. It counts as scaled where the file has an `image_kind`, or where all values lie in [0, 1].
 
     Raises:
-        UserError: the file is damaged or of another kind, has no such array, or the array is not [D, H, W] or [H, W] of finite numbers.
+        UserError: the file is damaged or of another kind, has no such array, or the array is not [D, H, W] or [H, W] of finite numbers; or what
+            it says of its place or scaling is impossible.
     """
     try:
         array, attributes = _READERS[path.suffix.lower()](path, key)
     except MemoryError as error:
         raise UserError(f"{path}: expected memory for its array, found less; use a larger machine or a smaller image") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         kind, start = _KINDS[path.suffix.lower()]
         with path.open("rb") as file:
             known = file.read(len(start)) == start
@@ -51,10 +76,16 @@ def read_array(path: Path, key: str = "image") -> tuple[Volume, int, bool, bool]
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_finite(path, array)
     scaled = "image_kind" in attributes or bool(array.min() >= 0 and array.max() <= 1)
-    return _placed(path, array, attributes), array.ndim, scaled, "spacing" in attributes
+    image_kind, window = _scaling(path, attributes)
+    return StoredArray(placed(path, array, attributes), array.ndim, scaled, "spacing" in attributes, image_kind, window)
 
 
-def _placed(path: Path, array: np.ndarray, attributes: Mapping[str, Any]) -> Volume:
+def placed(path: Path, array: np.ndarray, attributes: Mapping[str, Any]) -> Volume:
+    """The volume of an array [D, H, W] or [H, W] and what its file says of its place; without a place, as `read_array` says.
+
+    Raises:
+        UserError: the geometry is incomplete or impossible.
+    """
     volume = from_attributes(attributes, array, str(path))
     if volume is None:
         affine = np.zeros((4, 4))
@@ -65,12 +96,29 @@ def _placed(path: Path, array: np.ndarray, attributes: Mapping[str, Any]) -> Vol
     return volume
 
 
+def _scaling(path: Path, attributes: Mapping[str, Any]) -> tuple[str | None, tuple[float, float] | None]:
+    """The file's `image_kind` and `window`, None for what is not there."""
+    stored, window = attributes.get("image_kind"), attributes.get("window")
+    stored = stored.item() if isinstance(stored, np.ndarray) and stored.size == 1 else stored  # h5 gives a text, npz an array of one
+    kind = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else None if stored is None else str(stored)
+    if window is None:
+        return kind, None
+    try:
+        lo, hi = np.asarray(window, dtype=np.float64).ravel().tolist()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: expected two numbers as window, found {window!r}; make the file again") from error
+    if not -math.inf < lo < hi < math.inf:
+        raise UserError(f"{path}: expected a window from a lower to a higher number, found {lo:g} to {hi:g}; make the file again")
+    return kind, (lo, hi)
+
+
 def _choose(path: Path, names: list[str], key: str) -> str:
     if key in names:
         return key
-    if len(names) == 1:
+    if len(names) == 1 and key == "image":
         return names[0]
-    raise UserError(f"{path}: expected an array called {key}, or one array alone, found {', '.join(names[:8]) or 'none'}; save it under that name")
+    alone = ", or one array alone" if key == "image" else ""
+    raise UserError(f"{path}: expected an array called {key}{alone}, found {', '.join(names[:8]) or 'none'}; save it under that name")
 
 
 def _read_npy(path: Path, key: str) -> tuple[np.ndarray, Mapping[str, Any]]:

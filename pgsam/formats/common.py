@@ -1,5 +1,6 @@
 """What the readers of file formats share: from a SimpleITK image to a volume, and words for files that are something else."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,14 @@ def volume_of(image: sitk.Image, path: Path) -> Volume:
     check_spacing(path, spacing)
     check_right_angles(path, direction)
     return Volume(array, affine_of(spacing[::-1], origin, direction[:, ::-1]))
+
+
+def check_utf8(path: Path) -> None:
+    """Raises a UserError unless a path is UTF-8: SimpleITK ends the process otherwise, and tables and reports cannot hold the name."""
+    raw = os.fsencode(path)
+    shown = raw.decode("utf-8", "backslashreplace")
+    if shown.encode() != raw:
+        raise UserError(f"{shown}: expected a path in UTF-8, found bytes that are not; rename the file or its folder")
 
 
 def check_spacing(path: Path, spacing: np.ndarray) -> None:

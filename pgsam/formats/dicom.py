@@ -1,12 +1,14 @@
 """DICOM series: a folder of slices under any name, or one file, as a volume whose place comes from the slices' own positions.
 
-GDCM (through SimpleITK) decodes the pixels and applies each slice's rescale slope and intercept. Geometry is worked out here, because GDCM takes
-the distance of the first two frames or slices for all, and reads pixel data that are too short without a word.
+GDCM (through SimpleITK) decodes the pixels and applies each slice's rescale slope and intercept; the numbers are those that were stored, also where
+the lowest is white (MONOCHROME1). Geometry is worked out here, because GDCM takes the distance of the first two frames or slices for all, and reads
+pixel data that are too short without a word.
 """
 
 import os
 import re
 import struct
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from pgsam.errors import UserError
-from pgsam.formats.common import check_spacing, unreadable
+from pgsam.formats.common import START_BYTES, check_finite, check_spacing, check_utf8, describe, unreadable
 from pgsam.formats.dicom_stack import Plane, stack
 from pgsam.volume import Volume, affine_of
 
@@ -27,6 +29,8 @@ _STORAGE = "1.2.840.10008.5.1.4.1.1."
 _NO_PIXELS = re.compile(  # of the storage classes: reports, presentation states, radiotherapy, waveforms, raw data, registrations, documents
     re.escape(_STORAGE) + r"(88\.|11\.|481\.[3-9]|9\.|66$|66\.[1235]$|67$|104\.|4\.2$|34\.)|1\.2\.840\.10008\.1\.3\.10$"
 )
+_NO_SLICES = (".txt", ".md", ".log", ".xml", ".html", ".htm", ".json", ".csv", ".pdf", ".ini", ".inf", ".db")  # what they are, they say
+_MONOCHROME_1 = re.compile(rb"(\x28\x00\x04\x00(?:CS\x0c\x00|\x0c\x00\x00\x00)|\x00\x28\x00\x04CS\x00\x0c)MONOCHROME1")
 _IMPLICIT, _EXPLICIT = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"  # the two transfer syntaxes that are little endian and not compressed
 _POSITION, _ORIENTATION, _SPACING = "0020|0032", "0020|0037", "0028|0030"
 _SLOPE, _INTERCEPT = "0028|1053", "0028|1052"
@@ -55,6 +59,7 @@ class _Header:
     frames: int
     bits: int  # of a stored pixel
     grey: bool
+    inverted: bool  # MONOCHROME1: the lowest number is white
     position: np.ndarray | None
     orientation: np.ndarray | None
     spacing: np.ndarray | None  # (H, W)
@@ -89,7 +94,8 @@ def list_series(path: Path) -> list[Series]:
     Files that are not DICOM, and DICOM objects without pixels (DICOMDIR, structure sets, reports), are passed over.
 
     Raises:
-        UserError: a DICOM file is damaged, there is no DICOM image, or the system refuses to read.
+        UserError: a DICOM file is damaged, a file beside the slices is what remains of a failed copy or download (empty, a web page, a git-lfs
+            pointer), there is no DICOM image, or the system refuses to read.
     """
     try:
         return [_series_of(headers) for headers in _group(Path(path))]
@@ -104,19 +110,36 @@ def _series_of(headers: list[_Header]) -> Series:
 
 def _group(path: Path) -> list[list[_Header]]:
     groups: dict[str, list[_Header]] = {}
-    passed_over = 0
+    passed_over = []
     with _quiet():
         for file in _files_below(path) if path.is_dir() else [path]:
             header = _read_header(file) if is_dicom(file) or not path.is_dir() else None
             if header is None:
-                passed_over += 1
+                passed_over.append(file)
             else:
                 groups.setdefault(header.uid, []).append(header)
+    _check_lost(passed_over, {header.path.parent for headers in groups.values() for header in headers})
     if not groups:
         raise UserError(
-            f"{path}: expected a DICOM series, found no DICOM image ({passed_over} other files); name one of the files, or another folder"
+            f"{path}: expected a DICOM series, found no DICOM image ({len(passed_over)} other files); name one of the files, or another folder"
         )
     return [groups[uid] for uid in sorted(groups)]
+
+
+def _check_lost(files: list[Path], folders: set[Path]) -> None:
+    """Raises a UserError if one of the files passed over lies in one of the folders of slices and may have been a slice."""
+    for file in files:
+        if file.parent not in folders or file.suffix.lower() in _NO_SLICES:
+            continue
+        with file.open("rb") as opened:
+            raw = opened.read(START_BYTES)
+        if not raw or raw.lstrip()[:1] == b"<" or raw.startswith(b"version https://git-lfs"):
+            found = describe(raw)
+        elif not raw.strip(b"\0") or (not raw[:128].strip(b"\0") and b"DICM".startswith(raw[128:])):
+            found = "a start of zeros that no DICM follows; copy or download it again"
+        else:
+            continue
+        raise UserError(f"{file}: expected a DICOM slice like the files beside it, found {found}, or take it out of the folder")
 
 
 @contextmanager
@@ -134,6 +157,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _reader(path: Path) -> sitk.ImageFileReader:
+    check_utf8(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
@@ -167,6 +191,7 @@ def _read_header(path: Path) -> _Header | None:
         size=reader.GetSize()[:2],
         frames=1 if frames is None else int(frames[0]),
         bits=16 if bits is None else int(bits[0]),
+        inverted=photometric == "MONOCHROME1",
         grey=photometric[:10] in ("MONOCHROME", "") and reader.GetNumberOfComponents() == 1,
         position=_numbers(tags, _POSITION, 3, path),
         orientation=_numbers(tags, _ORIENTATION, 6, path),
@@ -244,7 +269,7 @@ def read_dicom(path: Path, series: str | None = None) -> tuple[Volume, str | Non
         planes = [plane for header in headers for plane in _planes(header)]
     thickness = headers[0].thickness
     order, affine = stack(planes, path, thickness or 1.0)
-    array = _joined([pixels[planes[index].path][planes[index].frame] for index in order])
+    array = _joined([pixels[planes[index].path][planes[index].frame] for index in order], path)
     return Volume(array, affine), modality, 3, files, len(planes) > 1 or thickness is not None
 
 
@@ -277,17 +302,34 @@ def _read_pixels(header: _Header) -> np.ndarray:
         if not any(expected <= length <= len(raw) for length in lengths):  # shorter ones are thumbnails
             raise UserError(damaged)
     try:
-        array = sitk.GetArrayFromImage(_reader(header.path).Execute())
+        array = _read_inverted(header.path) if header.inverted else sitk.GetArrayFromImage(_reader(header.path).Execute())
     except (RuntimeError, MemoryError) as error:
         raise UserError(damaged) from error
     return array[None] if array.ndim == 2 else array
 
 
-def _joined(slices: list[np.ndarray]) -> np.ndarray:
+def _read_inverted(path: Path) -> np.ndarray:
+    """The pixels of a MONOCHROME1 file as they are stored and rescaled, by a copy that says MONOCHROME2.
+
+    GDCM turns the stored numbers upside down, before slope and intercept, so that Hounsfield units would be none.
+    """
+    raw, count = _MONOCHROME_1.subn(rb"\g<1>MONOCHROME2", path.read_bytes())
+    if not count:
+        raise UserError(f"{path}: expected MONOCHROME2, found MONOCHROME1 in a deflated file; export the series again without deflation")
+    with tempfile.TemporaryDirectory(prefix="pgsam_dicom_") as folder:
+        copy = Path(folder, "copy.dcm")
+        copy.write_bytes(raw)
+        return sitk.GetArrayFromImage(_reader(copy).Execute())
+
+
+def _joined(slices: list[np.ndarray], path: Path) -> np.ndarray:
     """[D, H, W]; GDCM widens numbers by what slope and intercept could reach, so they are narrowed again where no value is changed."""
     array = np.stack(slices)
     if array.dtype.kind == "f":
-        return array.astype(np.float32)  # 16 stored bits and a factor
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)  # 16 stored bits and a factor
+        check_finite(path, array)
+        return array
     lowest, highest = int(array.min()), int(array.max())
     fitting = (kind for kind in (np.int16, np.int32) if np.iinfo(kind).min <= lowest and highest <= np.iinfo(kind).max)
     return array.astype(next(fitting, array.dtype), copy=False) if array.dtype.itemsize > 2 else array
@@ -296,7 +338,7 @@ def _joined(slices: list[np.ndarray]) -> np.ndarray:
 def _unplaced(header: _Header, pixels: np.ndarray) -> Volume:
     height, width = (1.0, 1.0) if header.spacing is None else header.spacing
     check_spacing(header.path, np.array([width, height]))
-    return Volume(_joined(list(pixels)), affine_of(np.array([1.0, height, width]), np.zeros(3), np.eye(3)[:, ::-1]))
+    return Volume(_joined(list(pixels), header.path), affine_of(np.array([1.0, height, width]), np.zeros(3), np.eye(3)[:, ::-1]))
 
 
 def _planes(header: _Header) -> list[Plane]:

@@ -13,6 +13,7 @@ from pgsam.volume import affine_of
 _STEP_TOLERANCE = 0.05  # of the step between two slices
 _STEP_TOLERANCE_MM = 0.11
 _PLACE_TOLERANCE = 0.1  # of the step: how far a slice may lie from its place on the regular grid
+_LARGEST_TOLERANCE = 0.4  # of the step, whatever the rounding: a missing slice makes a step of two
 _SHIFT_TOLERANCE_MM = 0.05  # within the image plane
 _SHIFT_TOLERANCE = 3e-4  # of the distance along the normal: 0.02 degrees
 _ORIENTATION_TOLERANCE = 1e-4
@@ -86,7 +87,7 @@ def _step(planes: list[Plane], heights: np.ndarray, path: Path) -> float:
             f"{path}: expected every position once, found {int(twice.sum())} of {len(planes)} slices at a place that another one has, first "
             f"{planes[at].name} and {planes[at + 1].name} at {heights[at]:.4g} mm (several times or echoes, or copies); keep one of each"
         )
-    tolerance = max(_STEP_TOLERANCE * typical, _STEP_TOLERANCE_MM)
+    tolerance = min(max(_STEP_TOLERANCE * typical, _STEP_TOLERANCE_MM), _LARGEST_TOLERANCE * typical)
     unequal = np.abs(gaps - typical) > tolerance
     if unequal.any():
         at = int(np.argmax(unequal))
@@ -99,7 +100,7 @@ def _step(planes: list[Plane], heights: np.ndarray, path: Path) -> float:
         )
     regular = np.linspace(heights[0], heights[-1], len(heights))
     worst = float(np.abs(heights - regular).max())
-    if worst > max(_PLACE_TOLERANCE * typical, _STEP_TOLERANCE_MM):
+    if worst > min(max(_PLACE_TOLERANCE * typical, _STEP_TOLERANCE_MM), _LARGEST_TOLERANCE * typical):
         raise UserError(f"{path}: expected slices at regular places, found one {worst:.4g} mm off: steps of several sizes; resample the series")
     return float(regular[-1] - regular[0]) / len(gaps)
 

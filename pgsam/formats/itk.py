@@ -5,6 +5,7 @@ bytes there must be and where they are.
 """
 
 import math
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pgsam.formats.common import DEFLATE_RATIO, check_claim, check_finite, descr
 from pgsam.volume import Volume
 
 _HEADER_BYTES = 1 << 20  # a text header is far shorter
+_WHOLE = re.compile(r"-?[0-9]{1,18}")  # what int() takes is more: other digits, underscores, thousands of them
 _CHUNK_BYTES = 1 << 20
 _PADDING_BYTES = 1 << 20  # behind the voxels
 _NRRD_TYPES = {
@@ -121,14 +123,17 @@ def _parse_meta_image(path: Path, raw: bytes) -> _Data:
         raise UserError(f"{path}: expected a MetaImage with binary data, found text; save it again (3D Slicer)")
     packing = "zlib" if fields.get("CompressedData", "False").lower() in ("true", "1") else "raw"
     local = fields["ElementDataFile"].upper() == "LOCAL"
-    start = at if local else int(fields.get("HeaderSize", "0")) if fields.get("HeaderSize", "0").lstrip("-").isdigit() else 0
+    header_size = fields.get("HeaderSize", "0")
+    if not _WHOLE.fullmatch(header_size):
+        raise UserError(f"{path}: expected a whole number as HeaderSize, found {header_size!r}; the header is damaged")
+    start = at if local else int(header_size)
     file = path if local else _beside(path, fields["ElementDataFile"])
     return _Data(file, None if start < 0 else start, packing, math.prod(shape) * itemsize)
 
 
 def _shape(path: Path, text: str, kinds: str = "") -> list[int]:
     """The sizes in a header, known to be those of one 2-D or 3-D image."""
-    shape = [int(part) for part in text.split() if part.isdigit()]
+    shape = [int(part) for part in text.split() if _WHOLE.fullmatch(part)]
     if len(shape) != len(text.split()) or not shape or min(shape) < 1:
         raise UserError(f"{path}: expected a size of at least one voxel along each axis, found {text!r}; the header is damaged")
     if any(kind in kinds for kind in ("vector", "color", "matrix", "quaternion", "list", "point", "complex")):
@@ -140,6 +145,8 @@ def _shape(path: Path, text: str, kinds: str = "") -> list[int]:
 
 def _beside(path: Path, name: str) -> Path:
     """The data file that a header names; only beside or below it, so that a header from elsewhere cannot read other files."""
+    if not name.strip():
+        raise UserError(f"{path}: expected the name of its data file, found none; the header is damaged")
     if name.split()[0].upper() == "LIST" or "%" in name:
         raise UserError(f"{path}: expected one data file, found a list of them ({name}); save it as one file (3D Slicer)")
     place = PurePosixPath(name.replace("\\", "/"))

@@ -1,7 +1,8 @@
-"""NIfTI files, read once to their end: a truncated or damaged file is an error, and geometry is nibabel's.
+"""NIfTI files, read once to their end: a truncated or damaged file is an error, and geometry is nibabel's. Written with exactly their affine.
 
-SimpleITK is not used for reading here: it fills the missing part of a truncated file with zeros, turns NaN and infinity into zeros, takes pixdim
-over sform and qform over some sforms, drops the place of a 2-D image, and reads no NIfTI-2.
+SimpleITK is not used here. In reading it fills the missing part of a truncated file with zeros, turns NaN and infinity into zeros, takes pixdim
+over sform and qform over some sforms, drops the place of a 2-D image, and reads no NIfTI-2; in writing it turns axes until they are at right angles,
+where those of a file may miss that by what rounding leaves, and its corners then lie up to 0.2 mm beside their place.
 """
 
 import gzip
@@ -13,46 +14,54 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from pgsam.errors import UserError
 from pgsam.formats.common import DEFLATE_RATIO, allocate, check_claim, check_finite, check_right_angles, check_spacing, describe
 from pgsam.volume import Volume
 
-_NAMES = ["sizeof_hdr", "dim", "datatype", "pixdim", "vox_offset", "slope", "intercept", "xyzt_units"]
+_NAMES = ["sizeof_hdr", "magic", "dim", "datatype", "bitpix", "pixdim", "vox_offset", "slope", "intercept", "xyzt_units"]
 _PLACE = ["qform_code", "sform_code", "quaternion", "q_offset", "srow"]
 _NIFTI_1 = np.dtype(
     {
         "names": _NAMES + _PLACE,
-        "formats": ["i4", "(8,)i2", "i2", "(8,)f4", "f4", "f4", "f4", "u1", "i2", "i2", "(3,)f4", "(3,)f4", "(3,4)f4"],
-        "offsets": [0, 40, 70, 76, 108, 112, 116, 123, 252, 254, 256, 268, 280],
+        "formats": ["i4", "S4", "(8,)i2", "i2", "i2", "(8,)f4", "f4", "f4", "f4", "u1", "i2", "i2", "(3,)f4", "(3,)f4", "(3,4)f4"],
+        "offsets": [0, 344, 40, 70, 72, 76, 108, 112, 116, 123, 252, 254, 256, 268, 280],
         "itemsize": 348,
     }
 )
 _NIFTI_2 = np.dtype(
     {
         "names": _NAMES + _PLACE,
-        "formats": ["i4", "(8,)i8", "i2", "(8,)f8", "i8", "f8", "f8", "i4", "i4", "i4", "(3,)f8", "(3,)f8", "(3,4)f8"],
-        "offsets": [0, 16, 12, 104, 168, 176, 184, 500, 344, 348, 352, 376, 400],
+        "formats": ["i4", "S4", "(8,)i8", "i2", "i2", "(8,)f8", "i8", "f8", "f8", "i4", "i4", "i4", "(3,)f8", "(3,)f8", "(3,4)f8"],
+        "offsets": [0, 4, 16, 12, 14, 104, 168, 176, 184, 500, 344, 348, 352, 376, 400],
         "itemsize": 540,
     }
 )
+LONGEST_AXIS = 32767  # of NIfTI-1, in voxels
 _MAGIC = {_NIFTI_1: (344, b"n+1\x00"), _NIFTI_2: (4, b"n+2\x00")}
 _DATATYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}  # one number a voxel
+_CODES = {kind: code for code, kind in _DATATYPES.items()}
 _MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # by the low three bits of xyzt_units: unknown, metre, millimetre, micrometre
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _EXTENSIONS_BYTES = 1 << 24  # between header and voxels; larger ones are not met in practice
 _PADDING_BYTES = 1 << 20  # behind the voxels
 _CHUNK_BYTES = 1 << 24
+_SCANNER, _ALIGNED = 1, 2  # codes of sform and qform; higher ones are those of an atlas (Talairach, MNI, a template)
+_EXACT_MM = 1e-3  # how near to its place a written corner lies
+_PACKING_LEVEL = 6  # gzip's own; 9 takes several times as long for a few bytes less
+_IN_MILLIMETRES = 2  # xyzt_units
 
 
 def read_nifti(path: Path) -> tuple[Volume, int]:
     """The volume of a .nii or .nii.gz and the number of axes in the file (2 or 3); scaled files become float.
 
-    The place is the header's sform, else its qform, else the voxel sizes with nibabel's default directions. A file with more axes and one frame
-    becomes one volume.
+    The place is the header's sform, else its qform, else the voxel sizes with nibabel's default directions. Where the file says metres or
+    micrometres, lengths become millimetres. A file with more axes and one frame becomes one volume.
 
     Raises:
-        UserError: the file is empty, damaged, no NIfTI, not 3-D, holds NaN or infinity, or has no possible geometry.
+        UserError: the file is empty, damaged, no NIfTI, not 3-D, holds NaN or infinity, or has no possible geometry; or its sform and qform are
+            both a scanner's and more than half a voxel apart (one of an atlas and one of a scanner are two spaces: the sform's is taken).
     """
     with path.open("rb") as plain:
         start = plain.read(2)
@@ -71,13 +80,48 @@ def read_nifti(path: Path) -> tuple[Volume, int]:
             raise UserError(f"{path}: the gzip data are truncated or damaged ({error}); copy or download the file again") from error
 
 
-def drop_third_axis(path: Path) -> None:
-    """Makes a NIfTI-1 file of one slice, as SimpleITK writes it, a file of two axes; the place in the patient stays in its header."""
-    packed = path.name.lower().endswith(".gz")
-    raw = bytearray(gzip.decompress(path.read_bytes()) if packed else path.read_bytes())
-    header = np.frombuffer(raw, _NIFTI_1.newbyteorder("<"), count=1)
-    header["dim"][0, 0] = 2
-    path.write_bytes(gzip.compress(raw, mtime=0) if packed else raw)
+def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray, axes: int = 3) -> None:
+    """Writes a .nii or .nii.gz in millimetres, its affine as sform and, where it can be, as qform.
+
+    A qform is a rotation: it is left out where it would put a corner more than 1e-3 mm beside its place.
+
+    Args:
+        array: [D, H, W], no axis longer than `LONGEST_AXIS`, of integers or floats of at most 64 bits.
+        affine: (4, 4) of array indices (d, h, w) to LPS millimetres.
+        axes: 2 writes [1, H, W] as a file of two axes; the place in the patient stays in its header.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    header = _header_of(array, (_RAS_TO_LPS @ affine)[:, [2, 1, 0, 3]], axes, path)
+    with path.open("wb") as plain:
+        if not path.name.lower().endswith(".gz"):
+            plain.write(header)
+            plain.write(array.data)
+            return
+        with gzip.GzipFile("", "wb", _PACKING_LEVEL, plain, mtime=0) as packed:
+            packed.write(header)
+            packed.write(array.data)
+
+
+def _header_of(array: np.ndarray, affine: np.ndarray, axes: int, path: Path) -> bytes:
+    """A NIfTI-1 header and the four bytes that say that no extension follows; `affine` (4, 4) of (i, j, k) to RAS millimetres."""
+    header = np.zeros(1, _NIFTI_1.newbyteorder("<"))[0]
+    header["sizeof_hdr"], header["magic"], header["vox_offset"] = _NIFTI_1.itemsize, b"n+1", _NIFTI_1.itemsize + 4
+    header["dim"] = (axes, *array.shape[::-1], 1, 1, 1, 1)
+    header["datatype"] = _CODES[array.dtype.str[1:]]
+    header["bitpix"] = 8 * array.dtype.itemsize
+    header["slope"], header["xyzt_units"] = 1, _IN_MILLIMETRES
+    header["sform_code"], header["srow"] = _SCANNER, affine[:3]
+    edges = np.linalg.norm(affine[:3, :3], axis=0)
+    mirrored = np.linalg.det(affine[:3, :3]) < 0
+    header["pixdim"] = (-1 if mirrored else 1, *edges, 0, 0, 0, 0)
+    rotation = Rotation.from_matrix(affine[:3, :3] / edges * (1, 1, -1 if mirrored else 1))
+    header["quaternion"], header["q_offset"] = rotation.as_quat(canonical=True)[:3], affine[:3, 3]
+    qform = _qform(header, header["pixdim"][1:4].astype(np.float64), path)
+    header["qform_code"] = _SCANNER if _largest_distance(qform, affine, array.shape[::-1]) <= _EXACT_MM else 0
+    return header.tobytes() + bytes(4)
 
 
 def _read_stream(stream: BinaryIO, path: Path, most_bytes: int, *, packed: bool) -> tuple[Volume, int]:
@@ -92,7 +136,11 @@ def _read_stream(stream: BinaryIO, path: Path, most_bytes: int, *, packed: bool)
     check_finite(path, array)
     slope, intercept = float(header["slope"]), float(header["intercept"])
     if np.isfinite((slope, intercept)).all() and slope != 0 and (slope, intercept) != (1, 0):
-        array = (array * np.float64(slope) + intercept).astype(np.result_type(array.dtype, np.float32), copy=False)
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = (array * np.float64(slope) + intercept).astype(np.result_type(array.dtype, np.float32), copy=False)
+        if not np.isfinite(array).all():
+            found = f"found slope {slope:g} and intercept {intercept:g}, which make some infinite"
+            raise UserError(f"{path}: expected finite voxels, {found}; put the header right")
     return Volume(array, affine), 2 if len(shape) == 2 else 3
 
 
@@ -147,7 +195,7 @@ def _affine(header: np.void, shape: tuple[int, ...], path: Path) -> np.ndarray:
     to_mm = _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
     sform = _sform(header, pixdim, path) if header["sform_code"] > 0 else None
     qform = _qform(header, np.append(pixdim, 1.0)[:3], path) if header["qform_code"] > 0 else None
-    if sform is not None and qform is not None:
+    if sform is not None and qform is not None and max(header["sform_code"], header["qform_code"]) <= _ALIGNED:
         far = _largest_distance(sform, qform, shape)
         if far > pixdim.min() / 2:
             raise UserError(

@@ -90,8 +90,7 @@ def require_file(path: Path, expected: str) -> None:
     """Raises a UserError unless `path` is a file that is neither empty, nor a git-lfs pointer, nor a web page."""
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
-        hint = f"; put Meta's {path.name} there, or train from a random start with --ckpt none" if path.name in OFFICIAL_FILES.values() else ""
-        raise UserError(f"{path}: expected {expected}, found {found}{hint}")
+        raise UserError(f"{path}: expected {expected}, found {found}{_where_from(path)}")
     head = _head(path)
     if not head:
         raise UserError(f"{path}: expected {expected}, found an empty file; download it again")
@@ -99,6 +98,15 @@ def require_file(path: Path, expected: str) -> None:
         raise UserError(f"{path}: expected {expected}, found a git-lfs pointer; fetch the real file with `git lfs pull`")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{path}: expected {expected}, found a web page; the download was refused or redirected, fetch it again")
+
+
+def _where_from(path: Path) -> str:
+    """For messages: what fetches a file of Meta's; "" for other names."""
+    vit = next((vit for vit, name in OFFICIAL_FILES.items() if name == path.name), None)
+    if vit is None:
+        return ""
+    elsewhere = "" if path.parent == Path("checkpoints") else f" --output {path.parent}"
+    return f"; fetch it with `python scripts/download_weights.py {vit}{elsewhere}`, or train from a random start with --ckpt none"
 
 
 def _head(path: Path) -> bytes:

@@ -1,6 +1,7 @@
 """Geometry against nibabel, damaged files against their description, intensity against the published formula."""
 
 import gzip
+import os
 from itertools import permutations, product
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from pgsam.volume import (
     take_slice,
     to_attributes,
 )
-from pgsam.volume_io import SUFFIXES, find_scans, read_scan, read_volume, stem_of, write_volume
+from pgsam.volume_io import SUFFIXES, find_scans, read_scan, read_volume, replacing, stem_of, write_volume
+from tests.dicom_files import slice_bytes
 
 SHAPE = (4, 5, 6)  # (W, H, D) in nibabel's order
 SPACING = np.array([0.7, 0.9, 5.0])
@@ -128,8 +130,64 @@ def test_written_geometry_is_read_by_nibabel_to_a_micrometre(suffix, code, angle
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "mask.nii.gz"
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("flip", [1, -1])
+@pytest.mark.parametrize("angles", [(0, 0, 0), (180, 0, 0), (0, 0, 180), (25, -40, 70), (90, 90, 0), (179.99, 3e-4, 0)])
+def test_both_forms_of_a_written_header_say_the_place(suffix, flip, angles, tmp_path):
+    affine = ras_affine(rotation=Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * (1, 1, flip))
+    array = np.zeros((60, 400, 500), np.uint8)
+    write_volume(tmp_path / f"a{suffix}", array, LPS @ affine[:, [2, 1, 0, 3]])
+    header = load(tmp_path / f"a{suffix}").header
+    assert (header["sform_code"], header["qform_code"], header.get_xyzt_units()[0]) == (1, 1, "mm")
+    for form in (header.get_sform(), header.get_qform()):
+        np.testing.assert_allclose((form - affine) @ corners(array.shape[::-1]), 0, atol=1e-3)
+    assert nib.Nifti1Header.diagnose_binaryblock(header.binaryblock) == ""
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha"])
+@pytest.mark.parametrize("cosine", [5e-4, -9e-4])
+@pytest.mark.parametrize("angles", [(0, 0, 0), (25, -40, 70)])
+def test_axes_that_are_not_quite_at_right_angles_stay_where_they_are(suffix, cosine, angles, tmp_path, capfd):
+    affine = ras_affine(spacing=(0.8, 0.8, 2.5), rotation=Rotation.from_euler("xyz", angles, degrees=True).as_matrix())
+    affine[:3, 1] += cosine * affine[:3, 0]
+    shape = (512, 512, 100)
+    scan = read_scan(save(tmp_path / "scan.nii", np.zeros(shape, np.uint8), affine))
+    path = tmp_path / f"labels{suffix}"
+    write_volume(path, scan.volume.array, scan.volume, axes=scan.axes)
+    expected = LPS @ affine @ corners(shape)
+    if suffix in (".nii", ".nii.gz"):
+        image = load(path)
+        np.testing.assert_allclose(LPS @ image.affine @ corners(shape), expected, atol=1e-3)
+        assert (image.header["sform_code"], image.header["qform_code"]) == (1, 0)  # no rotation lies so
+        assert abs(image.header.get_qform()[:3, :3] - affine[:3, :3]).max() < 1e-2
+    else:
+        image = sitk.ReadImage(path)
+        places = [image.TransformIndexToPhysicalPoint(index.tolist()) for index in corners(shape)[:3].T]
+        np.testing.assert_allclose(np.transpose(places), expected[:3], atol=1e-3)
+    d, h, w, one = corners(shape[::-1])
+    np.testing.assert_allclose(read_volume(path).affine @ (d, h, w, one), LPS @ affine @ (w, h, d, one), atol=1e-3)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, ">i2", np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.float16, ">f4", np.float64])
+def test_written_numbers_are_read_by_nibabel(dtype, tmp_path):
+    array = voxels(np.uint8).astype(dtype).transpose(2, 1, 0)
+    write_volume(tmp_path / "a.nii", array, np.eye(4))
+    image = load(tmp_path / "a.nii")
+    assert image.get_data_dtype() == (np.float32 if dtype is np.float16 else np.dtype(dtype).newbyteorder("<"))
+    np.testing.assert_array_equal(np.asarray(image.dataobj).transpose(2, 1, 0), array)
+
+
+def test_an_axis_longer_than_nifti_can_say(tmp_path):
+    array = np.zeros((1, 1, 40000), np.uint8)
+    with pytest.raises(UserError, match=r"a\.nii: expected axes of at most 32767 voxels, .* ends in \.nrrd"):
+        write_volume(tmp_path / "a.nii", array, np.eye(4))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd"])
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(suffix, tmp_path, monkeypatch):
+    path = tmp_path / f"mask{suffix}"
     write_volume(path, np.ones((2, 3, 4), np.uint8), np.eye(4))
     before = path.read_bytes()
 
@@ -137,8 +195,14 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
         Path(name).write_bytes(before[:20])
         raise RuntimeError("no space left")
 
-    monkeypatch.setattr(sitk, "WriteImage", disk_full)
-    with pytest.raises(UserError, match=r"mask\.nii\.gz: cannot be written"):
+    def no_sync(descriptor):
+        raise OSError(28, "No space left on device")
+
+    if suffix == ".nrrd":
+        monkeypatch.setattr(sitk, "WriteImage", disk_full)
+    else:
+        monkeypatch.setattr(os, "fsync", no_sync)
+    with pytest.raises(UserError, match=r"mask\.\w+(\.gz)?: cannot be written"):
         write_volume(path, np.zeros((2, 3, 4), np.uint8), np.eye(4))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -159,6 +223,60 @@ def test_write_refuses_other_formats_wrong_shapes_and_sheared_grids(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be written"):
         write_volume(tmp_path / "file" / "mask.nii", array, np.eye(4))
+
+
+def test_files_that_cannot_be_replaced(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path / "file" / "a.csv", tmp_path / "absent" / "a.csv", tmp_path / f"{'x' * 300}.csv"):
+        with pytest.raises(UserError, match=r"\.csv: cannot be written"), replacing(path) as temporary:
+            temporary.write_bytes(b"data")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_temporary_names(tmp_path):
+    seen = set()
+    for stem in ("plain", "x" * 247, "y" * 247, "ä" * 120, "ö" * 120):
+        path = tmp_path / f"{stem}.npy.h5" if len(stem) < 200 else tmp_path / f"{stem}.nii.gz"
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"data")
+            seen.add(temporary.name)
+            assert temporary.parent == tmp_path
+            assert temporary.name.startswith(f".{os.getpid()}.")
+            assert temporary.name.isascii()
+            assert "".join(temporary.suffixes[-2:]) == "".join(path.suffixes[-2:])
+        assert path.read_bytes() == b"data"
+    assert len(seen) == 5
+    assert f".{os.getpid()}.plain.npy.h5" in seen
+    with replacing(tmp_path / "words.ä") as temporary:
+        assert temporary.name.isascii()
+        temporary.write_bytes(b"data")
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
+@pytest.mark.parametrize("stem", ["ä" * 100, "x" * 245, "腹部 CT"])
+def test_long_names_and_other_alphabets(suffix, stem, tmp_path):
+    write_volume(tmp_path / f"{stem}{suffix}", np.ones((2, 3, 4), np.uint8), np.eye(4))
+    scan = read_scan(tmp_path / f"{stem}{suffix}")
+    assert scan.name == stem
+    assert scan.volume.array.sum() == 24
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha", ".png", ".npy", ".dcm", "", ".zip"])
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_paths_that_are_no_utf_8(suffix, where, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    path = tmp_path / f"{name}{suffix}" if where == "file" else tmp_path / name / f"a{suffix}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(slice_bytes(np.zeros((4, 5), np.int16)))
+    for read in (read_scan, read_volume):
+        with pytest.raises(UserError, match=r"caf\\xe9.*: expected a path in UTF-8, found bytes that are not; rename") as caught:
+            read(path)
+        str(caught.value).encode()  # can be printed and written
+    if suffix in (".nii.gz", ".nrrd", ".mha"):
+        path.unlink()
+        with pytest.raises(UserError, match="expected a path in UTF-8"):
+            write_volume(path, np.ones((2, 3, 4), np.uint8), np.eye(4))
+        assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
 GRIDS = {
@@ -241,6 +359,11 @@ def test_labels_are_packed(suffix, tmp_path):
     assert (tmp_path / f"labels{suffix}").stat().st_size < 2000
 
 
+def test_the_same_labels_are_the_same_bytes(tmp_path):
+    write_volume(tmp_path / "a.nii.gz", np.zeros((2, 3, 4), np.uint8), np.eye(4))
+    assert (tmp_path / "a.nii.gz").read_bytes()[:8] == b"\x1f\x8b\x08" + bytes(5)  # RFC 1952: no file name, no time
+
+
 def test_names_and_what_a_folder_holds(tmp_path):
     for name, stem in (
         ("case01.nii.gz", "case01"),
@@ -262,11 +385,20 @@ def test_names_and_what_a_folder_holds(tmp_path):
     assert [path.name for path in find_scans(tmp_path)] == ["a.PNG", "b.nii.gz", "c.npy.h5", "d.zip", "study.v2"]
     (tmp_path / "wrong.nii").write_bytes(bytes(128) + b"DICM")  # a wrong suffix does not make the folder a series
     assert len(find_scans(tmp_path)) == 6
-    (tmp_path / "IM2").write_bytes(bytes(128) + b"DICM")
-    assert find_scans(tmp_path) == [tmp_path]
+    (tmp_path / "study.v2" / "wrong.nii").write_bytes(bytes(128) + b"DICM")
+    assert find_scans(tmp_path / "study.v2") == [tmp_path / "study.v2"]
     for path in (tmp_path / "absent", tmp_path / "g"):
         with pytest.raises(UserError, match="expected a folder of scans"):
             find_scans(path)
+
+
+def test_a_folder_is_called_what_it_was_given_as(tmp_path, monkeypatch):
+    for name in "pq":
+        (tmp_path / "store" / name / "DICOM").mkdir(parents=True)
+        (tmp_path / name).symlink_to(tmp_path / "store" / name / "DICOM")
+        assert stem_of(tmp_path / name) == name
+    monkeypatch.chdir(tmp_path / "store" / "p")
+    assert [stem_of(path) for path in (".", "..", "DICOM", "DICOM/..", "DICOM/")] == ["p", "store", "DICOM", "p", "DICOM"]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.float32, np.float64])
@@ -352,6 +484,7 @@ def test_paths_that_are_no_scan(tmp_path):
     (tmp_path / ".nii").write_bytes(b"words")
     for name, message in (
         ("absent.nii.gz", "no such file"),
+        (f"{'x' * 300}.nii.gz", "cannot be read"),
         ("folder.nii", r"expected a DICOM series, found no DICOM image \(0 other files\)"),
         ("scan.xyz", r"expected one of \.nii\.gz .* found 5 bytes of another kind"),
         (".nii", "expected one of"),

@@ -9,7 +9,8 @@ import pytest
 
 from pgsam.errors import UserError
 from preprocess import flare22, nifti, synapse
-from preprocess.raw import default_output, open_data, prepare_raw, recognise
+from preprocess.raw import default_output, find_prepared, open_data, prepare_raw, recognise
+from scripts import ablate, generate_reports
 from tests.raw_datasets import V2, change, make_decathlon, make_nnunet, write_btcv, write_flare
 
 
@@ -86,6 +87,30 @@ def test_the_second_time_nothing_is_made(tmp_path, kind, monkeypatch):
     assert snapshot(Path("data/raw")) == before
     assert test.files == Path("data/raw/test_vol_h5")
     assert not set(first.patients()) & set(test.patients())
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_programs_for_prepared_data_refuse_a_raw_folder_by_its_name(tmp_path, kind, capsys):
+    RAW[kind][0](tmp_path / "raw")
+    named = f"{tmp_path / 'raw'}: expected a prepared folder, found raw data of {'nnU-Net' if kind == 'Decathlon' else kind}"
+    for split in ("train", "test"):
+        with pytest.raises(UserError) as raised:
+            find_prepared(tmp_path / "raw", split)
+        assert str(raised.value).startswith(named)
+    reports = ["--output", "o.jsonl", "--base_url", "http://127.0.0.1:1/v1", "--model", "m"]
+    for program, flags in (
+        (ablate, ["--root_path", "raw", "--output", "out"]),
+        (generate_reports, ["--root_path", "raw", *reports]),
+        (generate_reports, ["--volume_path", "raw", *reports]),
+    ):
+        assert program.main([str(tmp_path / flag) if flag == "raw" else flag for flag in flags]) == 2
+        assert named in capsys.readouterr().err
+    assert not any(Path().iterdir())
+    prepared = open_data(tmp_path / "raw", "train", prepared=tmp_path / "prepared")
+    assert find_prepared(tmp_path / "prepared", "train") == prepared
+    (tmp_path / "prepared" / "lists" / "train.txt").unlink()
+    with pytest.raises(UserError, match=r"train\.txt: expected a list in"):
+        find_prepared(tmp_path / "prepared", "train")
 
 
 def test_an_interrupted_preparation_is_taken_up(tmp_path):

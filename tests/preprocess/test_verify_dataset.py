@@ -1,6 +1,5 @@
 """Datasets with one planted fault of each kind: every one is found under its name, and nothing else; clean ones, and real CTs, give no finding."""
 
-import gzip
 import json
 import shutil
 import subprocess
@@ -16,11 +15,14 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from datasets.labels import BTCV_NAMES, FLARE22_NAMES, SYNAPSE8_NAMES
 from datasets.phantom import make_phantom, write_btcv
-from datasets.slices import IMAGE_RANGE
+from datasets.slices import read_slice
+from pgsam.errors import UserError
 from pgsam.volume import Volume, reorient
 from pgsam.volume_io import read_scan
 from preprocess import checks, synapse, verify_dataset
-from preprocess.checks import KINDS, normal_name, side_pairs, voxel_hash
+from preprocess.checks import KINDS, voxel_hash
+from preprocess.sides import normal_name, side_pairs
+from tests.damages import DAMAGES, cut
 from tests.dicom_files import write_dicom_series
 
 REPO = Path(__file__).resolve().parents[2]
@@ -192,6 +194,9 @@ def test_scans_without_labels(phantoms, tmp_path):
     save(folder / "c.nii.gz", np.clip(phantoms[0][0], 0, 200))
     clean(folder)  # whether it is a CT is not known
     assert verify(folder, "--image_kind", "ct_window")[1] == {("intensity", "c")}
+    for name, lowest, found_ct in (("mr", -47, False), ("splines", -99, False), ("fat", -110, True)):  # -47 is the minimum of a real MR
+        path = save(tmp_path / f"{name}.nii.gz", np.clip(phantoms[0][0], lowest, 200))
+        assert verify(path, "--image_kind", "ct_window")[1] == (set() if found_ct else {("intensity", name)})
 
 
 @pytest.mark.skipif(not SHARED_CT.is_dir(), reason="needs ../shared/data/abdomen_ct (real CT)")
@@ -213,84 +218,6 @@ def test_real_cts_have_their_organs_on_the_right_side_and_mirrored_ones_do_not(t
 
 
 # --- files that cannot be read -----------------------------------------------------------------------------------------------------------
-
-
-def cut(share):
-    def damage(path):
-        raw = path.read_bytes()
-        path.write_bytes(raw[: round(len(raw) * share)])
-
-    return damage
-
-
-def flip_a_byte(path):
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 0x10
-    path.write_bytes(raw)
-
-
-def web_page(path):
-    path.write_text("<!DOCTYPE html><html><body>Sign in</body></html>")
-
-
-def rewritten(change):
-    """Changes the bytes of the uncompressed NIfTI."""
-
-    def damage(path):
-        raw = bytearray(gzip.decompress(path.read_bytes()))
-        change(raw)
-        path.write_bytes(gzip.compress(bytes(raw)))
-
-    return damage
-
-
-def header_bomb(raw):
-    raw[40:48] = np.array([3, 32767, 32767, 32767], "<i2").tobytes()
-
-
-def zero_spacing(raw):
-    raw[80:84] = bytes(4)  # pixdim[1]
-
-
-def nan(path):
-    image = np.asarray(nib.load(path).dataobj).astype(np.float32)  # type: ignore[attr-defined]
-    image[3, 4, 5] = np.nan
-    save(path, image)
-
-
-def shear(path):
-    affine = LAS.copy()
-    affine[0, 1] = 2.0
-    image = nib.Nifti1Image(np.asarray(nib.load(path).dataobj), affine)  # type: ignore[attr-defined]
-    image.set_qform(None, code=0)
-    nib.save(image, path)
-
-
-def four_axes(path):
-    image = np.asarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
-    save(path, np.stack([image, image + 1], axis=-1))
-
-
-def nrrd_content(path):
-    image = sitk.GetImageFromArray(np.asarray(nib.load(path).dataobj).T)  # type: ignore[attr-defined]
-    sitk.WriteImage(image, str(path.with_name("other.nrrd")))
-    path.with_name("other.nrrd").rename(path)
-
-
-DAMAGES = {
-    "cut10": (cut(0.1), "truncated"),
-    "cut50": (cut(0.5), "truncated"),
-    "cut99": (cut(0.99), "truncated"),
-    "flipped": (flip_a_byte, "damaged"),
-    "html": (web_page, "web page"),
-    "empty": (cut(0), "empty"),
-    "bomb": (rewritten(header_bomb), "the header claims 70362301923678 bytes"),
-    "nan": (nan, "NaN"),
-    "spacing": (rewritten(zero_spacing), "spacing"),
-    "shear": (shear, "right angles"),
-    "four": (four_axes, "found shape (80, 72, 10, 2)"),
-    "suffix": (nrrd_content, "NRRD"),
-}
 
 
 def write_series(folder, image, name="", skip=()):
@@ -351,6 +278,16 @@ def test_a_scan_that_does_not_fit_into_memory_does_not_stop_the_rest(phantoms, t
     for number, name in enumerate(("huge", "small")):
         save(tmp_path / "scans" / f"{name}.nii.gz", phantoms[number][0])
     assert verify(tmp_path / "scans")[:2] == (1, {("damaged file", "huge")})
+
+
+def test_a_prepared_volume_that_does_not_fit_into_memory_does_not_stop_the_rest(phantoms, tmp_path, monkeypatch):
+    def load(file, **_):
+        raise MemoryError
+
+    root = write_transunet(tmp_path / "transunet", phantoms)
+    monkeypatch.setattr(np, "load", load)
+    code, kinds, _ = verify(root)
+    assert (code, kinds) == (1, {("damaged file", f"case{number:04d}") for number in range(3)})
 
 
 # --- labels, geometry, duplicates, patients ----------------------------------------------------------------------------------------------
@@ -530,6 +467,7 @@ BAD_DESCRIPTIONS = {
     "a list": "[1]",
     "regions": json.dumps({"channel_names": {"0": "CT"}, "labels": {"background": 0, "all": [1, 2]}}),
     "one name twice": json.dumps({"channel_names": {"0": "CT"}, "labels": {"0": "background", "1": "liver", "2": "liver"}}),
+    "one value twice": json.dumps({"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "spleen": 1}}),
     "only background": json.dumps({"channel_names": {"0": "CT"}, "labels": {"background": 0}}),
 }
 
@@ -559,13 +497,23 @@ def test_an_nnunet_folder_of_mr_images_is_not_measured_in_hounsfield_units(phant
     assert verify(root, "--image_kind", "ct_window")[1] == {("intensity", f"p{number}") for number in range(4)}
 
 
+def test_of_several_channels_the_first_is_measured(phantoms, tmp_path):
+    root = write_nnunet(tmp_path / "data", [(image + np.int16(1024), label) for image, label in phantoms])
+    for channels, expected in (({"1": "PET", "0": "CT"}, {("intensity", f"p{number}") for number in range(4)}), ({"0": "PET", "1": "CT"}, set())):
+        description = json.loads((root / "dataset.json").read_text())
+        (root / "dataset.json").write_text(json.dumps({**description, "channel_names": channels}))
+        assert verify(root)[1] == {("several channels", "")} | expected
+
+
 def test_raw_btcv_with_faults_of_its_own(tmp_path):
     raw = tmp_path / "raw"
     write_btcv(raw, (5, 6, 8, 11), shape=SHAPE)  # there is no case 11 in the published split
     (raw / "Training" / "label" / "label0006.nii.gz").unlink()
     shutil.copy(raw / "Training" / "img" / "img0005.nii.gz", raw / "Training" / "img" / "scan.nii.gz")
+    (raw / "Training" / "img" / "img0021.nii.gz").mkdir()  # unpacked, and nothing in it
     code, kinds, content = verify(raw)
-    assert (code, kinds) == (1, {("missing partner", "case0006"), ("unexpected file", "case0011"), ("unexpected file", "")})
+    unpacked = {("damaged file", "case0021"), ("missing partner", "case0021")}
+    assert (code, kinds) == (1, {*unpacked, ("missing partner", "case0006"), ("unexpected file", "case0011"), ("unexpected file", "")})
     assert found(content, "unexpected file").startswith("Training/img/scan.nii.gz")
     assert {entry["case"]: entry["split"] for entry in content["cases"]}["case0011"] is None
 
@@ -707,7 +655,7 @@ def test_patients_by_regular_expression_and_by_table(visits, tmp_path):
     assert [entry["patient"] for entry in content["cases"]] == ["anna", "bert", "carl", "carl"]
     own = write_pairs(tmp_path / "visits" / "own.csv", [f"{row},anna" for row in visits.read_text().split()[1:]], "case,image,label,split,patient")
     assert verify(own, "--patients", table)[1] == both  # the list's own patient goes first, as in preprocess/nifti.py
-    write_pairs(table, ["P1_a,anna", "P1_b,", "P2_a,carl", "P2_b,dora"], "case,patient")
+    write_pairs(table, ["P1_a ,anna", "P1_b, ", "P2_a,carl", "P2_b,dora"], "case, patient")
     assert verify(visits, "--patients", table)[1] == {("no patient", "P1_b")}
 
 
@@ -741,6 +689,7 @@ WRONG_COMMANDS = {
     "two ways to patients": (("{visits}", "--patient_regex", "(P)", "--patients", "x.csv"), "not allowed with"),
     "no patients": (("{visits}", "--patients", "{tmp}/none.csv"), "none.csv"),
     "patients without columns": (("{visits}", "--patients", "{visits}"), "expected the columns case, patient"),
+    "patients with a short row": (("{visits}", "--patients", "{tmp}/short.csv"), "short.csv, line 2: expected as many cells"),
     "no label map": (("{visits}", "--label_map", "synapse9"), "unknown label map"),
     "two label maps": (("{visits}", "--label_map", "synapse8", "--dataset", "BTCV"), "give one of them"),
     "lists of raw data": (("{visits}", "--list_dir", "{tmp}"), "--list_dir is for prepared datasets"),
@@ -759,6 +708,7 @@ def test_a_wrong_command_is_one_line_and_leaves_nothing(way, visits, tmp_path, c
     for folder in ("empty", "prepared/train_npz", "two/train_npz", "two/imagesTr", "raw/Training/img", "raw/Training/label"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "raw" / "Training" / "img" / "img0005.nii.gz").touch()
+    write_pairs(tmp_path / "short.csv", ["P1_a"], "case,patient")
     monkeypatch.chdir(tmp_path / "empty")
     assert verify_dataset.main([flag.format(tmp=tmp_path, visits=visits) for flag in flags]) == 2
     error = capsys.readouterr().err
@@ -815,8 +765,20 @@ def test_the_hash_of_voxels_knows_one_scan_in_any_storage():
     assert voxel_hash(Volume(array.reshape(4, 6, 5), affine)) != same
 
 
-def test_what_training_accepts_is_no_finding():
-    assert checks.PREPARED_RANGE == IMAGE_RANGE
+@pytest.mark.parametrize(("lowest", "highest", "accepted"), [(-0.5, 1.5, True), (-0.51, 1.0, False), (0.0, 1.51, False)])
+def test_what_training_accepts_is_no_finding(lowest, highest, accepted, tmp_path):
+    """Cubic down-sampling overshoots [0, 1]."""
+    path = tmp_path / "data" / "train_npz" / "case0005_slice000.npz"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "data" / "lists").mkdir()
+    (tmp_path / "data" / "lists" / "train.txt").write_text("case0005_slice000\n")
+    np.savez(path, image=np.linspace(lowest, highest, 99, dtype=np.float32).reshape(9, 11), label=np.ones((9, 11), np.float32))
+    assert (("intensity", "case0005") not in verify(tmp_path / "data")[1]) == accepted
+    if accepted:
+        read_slice(path, "case0005_slice000", 8)
+    else:
+        with pytest.raises(UserError, match="raw HU"):
+            read_slice(path, "case0005_slice000", 8)
 
 
 def test_every_kind_of_finding_is_planted_here():

@@ -446,7 +446,10 @@ PROGRAMS = {
     "test.py": ("--lora_ckpt", "--is_savenii", "--data_dir"),
     "infer_demo.py": ("--input", "--checkpoint"),
     "preprocess/synapse.py": ("--src_path", "--dst_path"),
+    "preprocess/flare22.py": ("--src_path", "--require_all"),
     "preprocess/nifti.py": ("--pairs", "--nnunet", "--window"),
+    "preprocess/verify_dataset.py": ("--kind", "--patient_regex", "--output"),
+    "scripts/download_weights.py": ("--output", "--base_url"),
     "datasets/phantom.py": ("--cases", "--spacing"),
 }
 

@@ -14,9 +14,10 @@ import SimpleITK as sitk
 from PIL import Image
 
 from pgsam import load_model
-from pgsam.engine.infer import difference, find_inputs
+from pgsam.engine.infer import difference, find_inputs, find_references
 from pgsam.engine.predict import keep_largest
 from pgsam.errors import UserError
+from tests.damages import DAMAGES
 from tests.dicom_files import write_dicom_series
 
 Call = Callable[..., object]
@@ -193,6 +194,25 @@ def test_a_perfect_prediction_has_no_difference(infer, scan, tmp_path):
     assert {row["hd95_vox"] for row in rows.values()} <= {0.0, None}
 
 
+def test_the_picture_of_the_differences_shows_them(infer, scan, tmp_path):
+    """A reference that misses the liver and has an organ where nothing is: both colours are in the picture, and in no other one."""
+    assert infer("-i", scan, "-o", tmp_path / "out").code == 0
+    labels = nib.load(tmp_path / "out" / "img0008_seg.nii.gz")
+    truth = np.asanyarray(labels.dataobj).copy()
+    counts = []
+    for name in ("same", "other"):
+        nib.save(nib.Nifti1Image(truth, labels.affine), tmp_path / f"{name}.nii.gz")
+        assert infer("-i", scan, "-o", tmp_path / name, "--reference", tmp_path / f"{name}.nii.gz").code == 0
+        with Image.open(tmp_path / name / "img0008_difference.png") as picture:
+            pixels = np.asarray(picture).astype(int)[: 2 * 260 - 4, 110:]
+        blue, orange = ((np.abs(pixels - colour).max(axis=2) <= 2).sum() for colour in ((66, 135, 245), (255, 176, 0)))
+        counts.append((blue, orange))
+        truth[truth == 5] = 0
+        truth[:6, :6] = 1
+    assert counts[0] == (0, 0)
+    assert min(counts[1]) > 20
+
+
 def test_differences_by_hand():
     labels, reference = np.array([[0, 1, 2, 2, 0]]), np.array([[0, 1, 1, 0, 2]])
     assert difference(labels, reference).tolist() == [[0, 0, 3, 2, 1]]
@@ -202,7 +222,7 @@ def test_differences_by_hand():
     ("damage", "said"),
     [
         ("shape", "on the grid of img0008"),
-        ("moved", "corner voxels up to 2 mm apart"),
+        ("moved", "corner voxels up to 0.02 mm apart"),
         ("labels", "expected labels 0 to 8"),
         ("fractions", "expected labels 0 to 8"),
     ],
@@ -213,7 +233,7 @@ def test_references_that_do_not_fit(infer, scan, tmp_path, damage, said):
     if damage == "shape":
         array = array[1:]
     elif damage == "moved":
-        affine[2, 3] += 2
+        affine[2, 3] += 0.02
     else:
         array[3, 3, 3] = 9 if damage == "labels" else 1.5
     nib.save(nib.Nifti1Image(array, affine), tmp_path / "truth.nii.gz")
@@ -235,10 +255,10 @@ def test_only_the_largest_piece_stays(infer, scan, tmp_path):
 
 def test_largest_pieces_by_hand():
     labels = np.zeros((1, 5, 7), np.uint8)
-    labels[0, 0, :2], labels[0, 3:, 0], labels[0, 4, 1] = 1, 1, 1  # two pixels, and three
+    labels[0, 0, :2], labels[0, 2:, 0], labels[0, 4, 1], labels[0, 4, 6] = 1, 1, 1, 1  # two pixels, four, and one
     labels[0, 0, 4], labels[0, 1, 5] = 2, 2  # they share a corner: one piece
     cleaned = keep_largest(labels)
-    assert np.argwhere(cleaned == 1).tolist() == [[0, 3, 0], [0, 4, 0], [0, 4, 1]]
+    assert np.argwhere(cleaned == 1).tolist() == [[0, 2, 0], [0, 3, 0], [0, 4, 0], [0, 4, 1]]
     np.testing.assert_array_equal(cleaned == 2, labels == 2)
     assert labels[0, 0, 0] == 1, "the input is left alone"
 
@@ -310,6 +330,8 @@ def test_a_file_of_two_axes_gets_labels_of_two_axes(infer, scan, tmp_path):
         assert labels.shape == shape
         columns = [0, 1, 3] if name == "flat" else [0, 1, 2, 3]  # two axes have no third direction
         np.testing.assert_allclose(labels.affine[:, columns], image.affine[:, columns], atol=1e-4)
+        with (tmp_path / "out" / "volumes.csv").open(newline="") as file:
+            assert {row["ml"] == "" for row in csv.DictReader(file)} == {name == "flat"}, "two axes have no volume"
     assert np.array_equal(labels_of(tmp_path / "out" / "flat_seg.nii.gz"), labels_of(tmp_path / "out" / "thin_seg.nii.gz")[..., 0])
 
 
@@ -319,6 +341,53 @@ def test_a_result_never_takes_the_place_of_its_input(infer, tmp_path):
     infer("-i", tmp_path / "photo.png", "-o", tmp_path).refused(tmp_path / "photo.png", "would be written over")
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
     assert (tmp_path / "photo.png").read_bytes() == before
+
+
+def test_a_result_takes_the_place_of_results_only(infer, scan, tmp_path):
+    """A label map made by hand beside the scan, a reference, another input's result: nothing of it is lost."""
+    shutil.copy(scan, tmp_path / "x.nii.gz")
+    (tmp_path / "x_seg.nii.gz").write_bytes(b"the work of a week")
+    infer("-i", tmp_path / "x.nii.gz", "-o", tmp_path).refused(tmp_path / "x_seg.nii.gz", "without results of this program")
+    infer("-i", tmp_path / "x.nii.gz", "-o", tmp_path, "--reference", tmp_path / "x_seg.nii.gz").refused(tmp_path / "x_seg.nii.gz", "is an input")
+    assert (tmp_path / "x_seg.nii.gz").read_bytes() == b"the work of a week"
+    for name in ("p.jpg", "p_seg.jpg"):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / "pictures" / name)
+    infer("-i", tmp_path / "pictures", "-o", tmp_path / "out").refused("p_seg.png", "p.jpg")
+    (tmp_path / "file").write_text("")
+    infer("-i", scan, "-o", tmp_path / "file" / "sub").refused(tmp_path / "file", "no folder")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_an_earlier_run_do_not_stay_beside_new_ones(infer, scan, raw, tmp_path):
+    flags = ("-i", scan, "-o", tmp_path / "out")
+    assert infer(*flags, "--reference", raw / "Training" / "label" / "label0008.nii.gz", "--label_map", "synapse8").code == 0
+    assert infer(*flags).code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"img0008_seg.nii.gz", "img0008.png", *TABLES}
+
+
+def test_a_line_of_pixels_is_drawn_as_one(infer, tmp_path):
+    Image.fromarray(np.zeros((1, 3000), np.uint8)).save(tmp_path / "line.png")
+    assert infer("-i", tmp_path / "line.png", "-o", tmp_path / "out").code == 0
+    with Image.open(tmp_path / "out" / "line.png") as picture:
+        assert max(picture.size) <= 110 + 4 * 256 + 4
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_scan_is_refused_by_its_name(infer, scan, tmp_path, name):
+    damage, said = DAMAGES[name]
+    path = tmp_path / "scan.nii.gz"
+    shutil.copy(scan, path)
+    damage(path)
+    infer("-i", path, "-o", tmp_path / "out").refused(path, said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_series_that_lacks_a_slice_is_refused(infer, scan, tmp_path):
+    files = write_dicom_series(tmp_path / "series", sitk.Cast(sitk.ReadImage(str(scan)), sitk.sitkInt16))
+    files[4].unlink()
+    infer("-i", tmp_path / "series", "-o", tmp_path / "out").refused(tmp_path / "series", "missing")
+    assert not (tmp_path / "out").exists()
 
 
 # --- folders ------------------------------------------------------------------------------------------------------------------------------
@@ -386,8 +455,10 @@ def test_folders_that_cannot_be_worked_on(infer, scan, scans, tmp_path):
     infer("-o", tmp_path / "out", "--modality", "mr").refused("--modality", "-i")
     shutil.copy(scans / "a.nii.gz", scans / "A.nii.gz")
     sitk.WriteImage(sitk.ReadImage(str(scans / "a.nii.gz")), str(scans / "a.nrrd"))
-    with pytest.raises(UserError, match=r"a\.nii\.gz and a\.nrrd would both give a_seg"):
+    with pytest.raises(UserError, match=r"a\.nii\.gz and a\.nrrd would give results of one name"):
         find_inputs(scans)
+    with pytest.raises(UserError, match=r"a\.nii\.gz and a\.nrrd are references of one name"):
+        find_references({"a": scan, "b": scan}, scans, None)
     assert not (tmp_path / "out").exists()
 
 

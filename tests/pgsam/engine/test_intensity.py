@@ -91,3 +91,40 @@ def test_what_is_scaled_stays_as_it_is() -> None:
 def test_a_constant_image_has_no_percentiles() -> None:
     with pytest.raises(UserError, match=r"case7.*contrast"):
         choose_intensity(scan(7, 7), MR)
+
+
+@pytest.mark.parametrize(
+    ("told", "warns"),
+    [
+        ({}, False),
+        ({"image_kind": "ct_window", "window": (-160.0, 240.0)}, False),
+        ({"image_kind": "ct_window", "window": (-1000.0, 400.0)}, True),
+        ({"image_kind": "percentile", "window": None}, True),
+    ],
+)
+def test_an_array_that_was_scaled_another_way_is_said(told: dict[str, object], warns: bool) -> None:
+    chosen = choose_intensity(scan(0, 1, modality="scaled", **told), CT)
+    assert (chosen.warning is not None) == warns
+
+
+@pytest.mark.parametrize("window", [(0.0, 1e-50), (1.0, 1.0 + 1e-12), (0.0, 1e300)])
+def test_windows_that_single_precision_cannot_hold(window: tuple[float, float]) -> None:
+    with pytest.raises(UserError, match="--window: expected LO below HI"):
+        choose_intensity(scan(-1000, 1000), CT, window=window)
+
+
+def test_values_that_single_precision_cannot_tell_apart_or_hold() -> None:
+    for lowest, highest in ((1e9, 1e9 + 1), (0.0, 1e300)):
+        with pytest.raises(UserError, match="single precision"):
+            choose_intensity(scan(lowest, highest), MR)
+    huge = choose_intensity(scan(-1e300, 1e300), CT).scale(scan(-1e300, 1e300).volume.array)
+    assert huge.min() == 0
+    assert huge.max() == 1
+
+
+def test_what_cannot_be_a_picture_is_not_read_as_one() -> None:
+    for lowest, highest in ((-1000, 1000), (0, 2000)):
+        chosen = choose_intensity(scan(lowest, highest), RGB)
+        assert chosen.modality == "mr"
+        assert chosen.warning is not None
+    assert choose_intensity(scan(0, 255), RGB).modality == "picture"

@@ -1,5 +1,6 @@
 """The published slice protocol written out with scipy, and the invariance of a scan's labels to how the scan is stored."""
 
+from itertools import permutations
 from typing import cast
 
 import numpy as np
@@ -181,6 +182,29 @@ def test_how_a_scan_is_stored_moves_no_label(model: SliceModel, segmented: dict[
     assert labels.array.dtype == np.uint8
     assert labels.array.flags.c_contiguous
     np.testing.assert_array_equal(source.array, before)
+
+
+@pytest.mark.parametrize("angles", [(45, 0, 0), (0, 0, 45), (0, 15, 135), (0, 45, 60), (45, 45, 45)])
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_labels_stay_in_their_voxels_where_no_axis_is_nearest(model: SliceModel, angles: tuple[int, int, int], order: tuple[int, int, int]) -> None:
+    """Each voxel's label is that of its value, whichever way a volume between two axes is turned and back."""
+
+    class ByValue(nn.Module):
+        img_size = SIZE
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(()))
+
+        def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"masks": torch.cat([0.5 - images[:, :1], images[:, :1] - 0.5], dim=1)}
+
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()[:, order]
+    array = np.where(np.random.default_rng(0).random((SIZE, SIZE, SIZE)) > 0.5, 200, -100).astype(np.int16)
+    card = ModelCard(SAMED, "vit_tiny", SIZE, SIZE, NAMES)
+    labels, _ = segment_scan(cast(SliceModel, ByValue().eval()), Scan(Volume(array, affine), "scan"), card)
+    np.testing.assert_array_equal(labels.array, array > 0)
 
 
 def test_the_window_is_the_checkpoints(model: SliceModel) -> None:

@@ -75,6 +75,12 @@ def test_messages_name_the_member(tmp_path):
         ({}, r"found 0 images \(none\)"),
         ({"inner.zip": b"PK"}, "found 0 images"),
         ({"a.nii": b"", "b.png": b""}, r"found 2 images \(a\.nii, b\.png\)"),
+        ({zipfile.ZipInfo("."): b"data"}, r"expected members below one folder, found '\.'"),
+        ({zipfile.ZipInfo("."): b"data", "a.nii": b""}, r"expected members below one folder, found '\.'"),
+        ({zipfile.ZipInfo(""): b"data"}, "expected a name for every member"),
+        ({"x/a": b"1", "x/a/b.nii": b"2"}, "found x/a as both"),
+        ({"x/a/b.nii": b"2", "x/a": b"1"}, "found x/a as both"),
+        ({"a.nii": b"1", "./a.nii": b"2"}, r"found \./a\.nii twice"),
     ],
 )
 def test_what_is_no_scan(members, message, tmp_path):
@@ -129,6 +135,18 @@ def test_truncated_and_changed(part, tmp_path):
     path.write_bytes(raw[:500] + bytes([raw[500] ^ 0xFF]) + raw[501:])
     with pytest.raises(UserError, match="damaged or truncated"), unpacked(path):
         pass
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=["deflate", "bzip2", "lzma"])
+def test_every_packing(packing, tmp_path):
+    write_volume(tmp_path / "a.nii", np.random.default_rng(0).integers(-99, 99, (9, 40, 50)).astype(np.int16), np.eye(4))
+    path = pack(tmp_path / "a.zip", {"a.nii": tmp_path / "a.nii"}, packing)
+    np.testing.assert_array_equal(read_volume(path).array, read_volume(tmp_path / "a.nii").array)
+    raw = path.read_bytes()
+    for place in range(60, len(raw) - 120, len(raw) // 50):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 0xFF]) + raw[place + 1 :])
+        with pytest.raises(UserError, match=r"a\.zip: expected a zip file, found a damaged or truncated one"):
+            read_scan(path)
 
 
 @pytest.mark.parametrize(("data", "message"), [(b"", "an empty file"), (b"<html>", "a web page"), (b"NRRD0004", r"rename it to \.nrrd")])

@@ -42,7 +42,9 @@ def test_files_of_transunet(name, tmp_path):
     assert scan.volume.spacing_mm == (1, 1, 1)
     assert not scan.spacing_known
     assert scan.volume.origin_mm == (0, 0, 0)
-    np.testing.assert_array_equal(read_array(path, "label")[0].array, LABEL)
+    np.testing.assert_array_equal(read_array(path, "label").volume.array, LABEL)
+    np.testing.assert_array_equal(read_volume(path, key="label").array, LABEL)
+    assert (scan.image_kind, scan.window) == (None, None)
 
 
 @pytest.mark.parametrize("name", ["a.npy.h5", "a.npz"])
@@ -51,6 +53,8 @@ def test_geometry_in_the_file_is_used(name, tmp_path):
     scan = read_scan(save(tmp_path / name, {"image": IMAGE * 2 - 0.5, "label": LABEL}, attributes))
     assert corner_distance_mm(scan.volume, PLACED) < 1e-9
     assert scan.modality == "scaled"  # for the file says its image_kind
+    assert (scan.image_kind, scan.window) == ("ct_window", (-125, 275))
+    assert corner_distance_mm(read_volume(tmp_path / name, key="label"), PLACED) < 1e-9
     only_spacing = read_volume(save(tmp_path / name, {"image": IMAGE}, {"spacing": np.array([5, 0.9, 0.7])}))
     assert scan.spacing_known
     assert read_scan(tmp_path / name).spacing_known
@@ -96,10 +100,32 @@ def test_arrays_that_are_no_image(suffix, tmp_path):
 def test_which_array(suffix, tmp_path):
     with pytest.raises(UserError, match="called image, or one array alone, found ct, mask"):
         read_scan(save(tmp_path / f"a{suffix}", {"ct": IMAGE, "mask": LABEL}))
-    with pytest.raises(UserError, match="called label, or one array alone, found ct, mask"):
-        read_array(tmp_path / f"a{suffix}", "label")
+    with pytest.raises(UserError, match="called label, found ct, mask"):
+        read_volume(tmp_path / f"a{suffix}", key="label")
+    with pytest.raises(UserError, match="called label, found image"):  # an image is no label map
+        read_volume(save(tmp_path / f"c{suffix}", {"image": IMAGE}), key="label")
+    np.testing.assert_array_equal(read_volume(save(tmp_path / "a.npy", {"": LABEL}), key="label").array, LABEL)
     with pytest.raises(UserError, match="found none"):
         read_scan(save(tmp_path / f"b{suffix}", {}))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".h5"])
+def test_what_a_file_says_of_its_scaling(suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    for said in ("percentile", b"percentile", np.array("percentile"), np.bytes_("percentile"), np.array([b"percentile"])):
+        if suffix == ".h5" and np.asarray(said).dtype.kind == "U" and isinstance(said, np.ndarray):
+            continue  # h5py stores no array of unicode
+        scan = read_scan(save(path, {"image": IMAGE}, {"image_kind": said, "window": (3, 99.5)}))
+        assert (scan.image_kind, scan.window) == ("percentile", (3, 99.5))
+    for window, message in (
+        ((1, 1), "from a lower to a higher number, found 1 to 1"),
+        ((0, np.nan), "from a lower to a higher number"),
+        ((-np.inf, 0), "from a lower to a higher number"),
+        ((1,), "two numbers as window"),
+        (np.bytes_("wide"), "two numbers as window"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_scan(save(path, {"image": IMAGE}, {"window": window}))
 
 
 # --- damage -------------------------------------------------------------------------------------------------------------------------------
@@ -121,6 +147,15 @@ def test_a_flipped_byte_where_there_is_a_checksum(tmp_path):
     path.write_bytes(raw)
     with pytest.raises(UserError, match="damaged or truncated"):
         read_scan(path)
+    for packing in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
+        np.save(tmp_path / "a.npy", np.random.default_rng(1).random((5, 30, 30)))
+        with zipfile.ZipFile(path, "w", packing) as archive:
+            archive.write(tmp_path / "a.npy", "image.npy")
+        packed = path.read_bytes()
+        for place in range(60, len(packed) - 200, 997):
+            path.write_bytes(packed[:place] + bytes([packed[place] ^ 0xFF]) + packed[place + 1 :])
+            with pytest.raises(UserError, match="damaged or truncated"):
+                read_scan(path)
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("image", data=np.random.default_rng(1).random((5, 30, 30)), compression="gzip")
     raw = bytearray((tmp_path / "a.h5").read_bytes())

@@ -1,7 +1,9 @@
 """DICOM series that SimpleITK wrote from a known volume, and single objects written byte by byte, with every fault a series can have."""
 
+import os
 import resource
 import shutil
+import zlib
 from contextlib import nullcontext
 from itertools import permutations
 
@@ -88,6 +90,12 @@ def test_files_deeper_down_and_files_that_are_no_image_are_passed_over(tmp_path)
         ("vendor", without_pixels("1.3.12.2.1107.5.9.1")),
         ("readme.txt", b"exported"),
         ("empty", b""),
+        ("ST0/SE1/readme.txt", b""),
+        ("ST0/SE1/index.HTML", b"<html>"),
+        ("ST0/SE1/protocol.xml", b"<?xml?>"),
+        ("ST0/SE1/report.pdf", b"%PDF-1.4"),
+        ("ST0/SE1/DICOMDIR", without_pixels(DICOMDIR)),
+        ("ST0/SE1/VERSION", b"1.2"),
     ):
         (tmp_path / "disc" / name).write_bytes(data)
     assert_is(read_volume(tmp_path / "disc"), image)
@@ -112,6 +120,45 @@ def test_whole_numbers_stay_integers(dtype, intercept, expected, tmp_path):
     volume = read_volume(tmp_path / "a.dcm")
     assert volume.array.dtype == expected
     np.testing.assert_array_equal(volume.array[0], pixels + int(intercept))
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", IMPLICIT])
+@pytest.mark.parametrize(
+    ("dtype", "bits_stored", "stored"),
+    [
+        (np.int16, 16, (-1000, 60, -32768, 32767)),
+        (np.uint16, 16, (0, 24, 1084, 65535)),
+        (np.uint16, 12, (0, 24, 1084, 4095)),
+        (np.int16, 12, (-2048, -1, 60, 2047)),
+        (np.uint8, 8, (0, 1, 200, 255)),
+    ],
+)
+def test_inverted_images_have_the_numbers_that_were_stored(dtype, bits_stored, stored, syntax, tmp_path):
+    pixels = np.array([stored, stored[::-1]], dtype)
+    for slope, intercept in (("1", "0"), ("1", "-1024"), ("0.5", "3")):
+        options = {"slope": slope, "intercept": intercept, "bits_stored": bits_stored, "syntax": syntax, "photometric": "MONOCHROME1"}
+        for height in (0, 2, 4):
+            (tmp_path / f"{height}").write_bytes(slice_bytes(pixels, (0, 0, height), **options))
+        array = read_volume(tmp_path).array
+        np.testing.assert_array_equal(array, np.stack([pixels.astype(float) * float(slope) + float(intercept)] * 3))
+
+
+def test_inverted_images_that_are_packed(tmp_path):
+    image = an_image(shape=(1, 64, 64))
+    image.SetMetaData("0008|0016", CT)
+    path = tmp_path / "a.dcm"
+    sitk.WriteImage(image, path, useCompression=True, compressor="JPEG2000")
+    raw = path.read_bytes()
+    assert raw.count(b"MONOCHROME2") == 1
+    path.write_bytes(raw.replace(b"MONOCHROME2", b"MONOCHROME1"))
+    np.testing.assert_array_equal(read_volume(path).array, sitk.GetArrayFromImage(image))
+    syntax = "1.2.840.10008.1.2.1.99"
+    whole = slice_bytes(PIXELS, photometric="MONOCHROME1", syntax=syntax)
+    at = whole.index(b"\x08\x00\x16\x00")  # behind the meta information all is deflated
+    deflate = zlib.compressobj(wbits=-15)
+    path.write_bytes(whole[:at] + deflate.compress(whole[at:]) + deflate.flush())
+    with pytest.raises(UserError, match=r"a\.dcm: expected MONOCHROME2, found MONOCHROME1 in a deflated file"):
+        read_volume(path)
 
 
 def test_spacing_is_rows_then_columns_and_one_slice_has_its_thickness(tmp_path):
@@ -315,6 +362,67 @@ def test_rows_that_are_not_there_take_no_memory(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
 
 
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"", "an empty file"),
+        (b"\n<!DOCTYPE html><html>Sign in</html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "a git-lfs pointer"),
+        (bytes(100), "a start of zeros"),
+        (bytes(128) + b"DI", "a start of zeros"),
+        (bytes(5000), "a start of zeros"),
+    ],
+)
+def test_a_lost_slice_at_the_end_is_no_shorter_series(place, data, found, tmp_path):
+    for file in write_dicom_series(tmp_path, an_image()):
+        file.rename(tmp_path / file.stem)
+    lost = tmp_path / ("000" if place == "first" else "005")
+    lost.write_bytes(data)
+    for read in (read_scan, list_series):
+        with pytest.raises(UserError, match=f"{lost}: expected a DICOM slice like the files beside it, found {found}"):
+            read(tmp_path)
+    lost.unlink()
+    assert len(read_volume(tmp_path).array) == 5
+
+
+@pytest.mark.parametrize("step", [0.02, 0.1, 0.11, 0.15, 0.2, 0.625, 5])
+def test_a_missing_slice_is_found_at_any_step(step, tmp_path):
+    for index in range(8):
+        (tmp_path / f"{index}").write_bytes(slice_bytes(PIXELS, (0, 0, step * index)))
+    assert read_volume(tmp_path).spacing_mm[0] == pytest.approx(step, rel=1e-4)
+    (tmp_path / "4").unlink()
+    with pytest.raises(UserError, match="1 missing slice;"):
+        read_volume(tmp_path)
+
+
+def test_other_images_beside_dicom_files_are_not_left_out(tmp_path):
+    write_dicom_series(tmp_path / "case", an_image())
+    shutil.copy(tmp_path / "case" / "000.dcm", tmp_path / "x.dcm")
+    (tmp_path / "notes.txt").write_text("none")
+    assert find_scans(tmp_path) == [tmp_path]
+    for name in ("b.nii.gz", "a.png"):
+        (tmp_path / name).write_bytes(b"data")
+        with pytest.raises(UserError, match=rf"expected the files of one DICOM series or other images, found x\.dcm and {name}; put them"):
+            find_scans(tmp_path)
+    (tmp_path / "x.dcm").unlink()
+    assert [path.name for path in find_scans(tmp_path)] == ["a.png", "b.nii.gz", "case"]
+
+
+def test_values_that_slope_makes_infinite(tmp_path):
+    for position in ((0, 0, 0), None):
+        (tmp_path / "a.dcm").write_bytes(slice_bytes(PIXELS, position, slope="1e38"))
+        with pytest.raises(UserError, match=r"a\.dcm: expected finite voxels"):
+            read_volume(tmp_path / "a.dcm")
+
+
+def test_a_name_that_is_no_utf_8(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9")).write_bytes(slice_bytes(PIXELS))
+    for read in (read_scan, list_series):
+        with pytest.raises(UserError, match=r"caf\\xe9: expected a path in UTF-8"):
+            read(tmp_path)
+
+
 @pytest.mark.parametrize("display", [True, False])
 @pytest.mark.parametrize("fault", [None, "cut at 50 %"])
 def test_warnings_of_gdcm_are_off_while_it_reads_and_then_as_they_were(display, fault, tmp_path, monkeypatch):
@@ -345,6 +453,13 @@ def test_steps_that_creep_are_a_fault(tmp_path):
     for index in range(40):  # no two steps differ by more than 4 %, but half way up a slice lies 2 mm beside its place
         (tmp_path / f"{index}").write_bytes(slice_bytes(PIXELS, (0, 0, 5 * index + 0.2 * max(index - 20, 0))))
     with pytest.raises(UserError, match=r"at regular places, found one 1\.949 mm off: steps of several sizes"):
+        read_volume(tmp_path)
+
+
+def test_thin_steps_that_creep_are_a_fault(tmp_path):
+    for index in range(40):  # half way up a slice lies 0.08 mm beside its place, and the next one 0.1 mm away
+        (tmp_path / f"{index}").write_bytes(slice_bytes(PIXELS, (0, 0, 0.1 * index + 0.008 * max(index - 20, 0))))
+    with pytest.raises(UserError, match=r"at regular places, found one 0\.0\d+ mm off"):
         read_volume(tmp_path)
 
 

@@ -180,6 +180,14 @@ FAULTS = {
     "elsewhere.mhd": (meta(ElementDataFile="../secret.raw"), "expected its data beside it"),
     "elsewhere.nhdr": (nrrd(data_file="/etc/passwd"), "expected its data beside it"),
     "list.mhd": (meta(ElementDataFile="LIST"), "a list of them"),
+    "nameless.nhdr": (nrrd(data_file=" "), "expected the name of its data file, found none"),
+    "nameless.nrrd": (nrrd(data_file=""), "expected the name of its data file, found none"),
+    "superscript.nrrd": (nrrd().replace(b": 2 3 4", b": \xb2 3 4"), "at least one voxel along each axis"),
+    "superscript.mha": (meta(DimSize="2 3 4").replace(b"2 3", b"\xb2 3"), "at least one voxel along each axis"),
+    "negative.mha": (meta(DimSize="2 -3 4"), "at least one voxel along each axis"),
+    "digits.nrrd": (nrrd(sizes=f"2 3 {'4' * 5000}"), "at least one voxel along each axis"),
+    "header_size.mhd": (meta(HeaderSize="--1"), "a whole number as HeaderSize, found '--1'"),
+    "header_words.mhd": (meta(HeaderSize="none"), "a whole number as HeaderSize, found 'none'"),
     "pattern.nhdr": (nrrd(data_file="a%03d.raw 1 4 1"), "a list of them"),
 }
 

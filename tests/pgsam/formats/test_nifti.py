@@ -125,6 +125,35 @@ def test_two_places_in_one_header(tmp_path):
     assert_lies_as_nibabel_says(tmp_path / "b.nii")
 
 
+@pytest.mark.parametrize("sform", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("qform", [1, 2, 4])
+def test_a_place_in_an_atlas_beside_the_one_in_the_scanner(sform, qform, tmp_path):
+    image = nib.Nifti1Image(VOXELS, rotated())
+    elsewhere = rotated((0, 0, 0))
+    elsewhere[:3, 3] += 40
+    image.set_sform(rotated(), sform)
+    image.set_qform(elsewhere, qform)
+    nib.save(image, tmp_path / "a.nii")
+    if max(sform, qform) > 2:
+        assert_lies_as_nibabel_says(tmp_path / "a.nii")
+    else:
+        with pytest.raises(UserError, match="expected one place, found sform and qform"):
+            read_volume(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slope", "intercept"),
+    [(np.int16, 1e38, 0), (np.int16, 1e35, -3e38), (np.float32, 1e38, 0), (np.float64, 3e38, 0), (np.float32, 2, 3e38)],
+)
+def test_scaling_that_makes_voxels_infinite(dtype, slope, intercept, tmp_path):
+    largest = {np.float64: 1e300, np.float32: 3e38}.get(dtype, -32768)
+    path = save(tmp_path / "a.nii", np.full((3, 4, 5), largest, dtype), rotated())
+    raw = path.read_bytes()
+    path.write_bytes(raw[:112] + np.array([slope, intercept], "<f4").tobytes() + raw[120:])
+    with pytest.raises(UserError, match=r"a\.nii: expected finite voxels, found slope .* make some infinite"):
+        read_volume(path)
+
+
 def test_scaling_of_other_writers(tmp_path):
     for slope, intercept, expected in ((0, 5, VOXELS), (np.nan, 0, VOXELS), (1, 0, VOXELS), (1, -1024, VOXELS - 1024.0), (0.5, 3, VOXELS * 0.5 + 3)):
         path = save(tmp_path / "a.nii", VOXELS, rotated())

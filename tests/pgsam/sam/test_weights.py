@@ -10,7 +10,7 @@ from segment_anything import sam_model_registry
 from pgsam.errors import UserError
 from pgsam.models import build_model
 from pgsam.sam.build import build_image_encoder
-from pgsam.sam.weights import fit_sam, load_sam, read_sam, read_state_dict, vit_of
+from pgsam.sam.weights import OFFICIAL_FILES, fit_sam, load_sam, read_sam, read_state_dict, vit_of
 
 
 class WouldRunCode:
@@ -98,8 +98,13 @@ def test_pickles_that_would_run_code_are_never_run(save, tmp_path: Path, capfd: 
 
 
 def test_wrong_vit_and_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
-        read_sam(tmp_path / "sam_vit_b_01ec64.pth", "vit_b")
+    for vit, name in OFFICIAL_FILES.items():
+        with pytest.raises(UserError, match="no such file") as raised:
+            read_sam(tmp_path / name, vit)
+        assert f"`python scripts/download_weights.py {vit} --output {tmp_path}`" in str(raised.value)
+    with pytest.raises(UserError, match="no such file") as raised:
+        read_sam(tmp_path / "mine.pth", "vit_b")
+    assert "download_weights" not in str(raised.value)
     encoder = build_image_encoder("vit_tiny", 64)
     state = {f"image_encoder.{key}": value for key, value in encoder.state_dict().items()}
     assert vit_of(state) == "vit_tiny"
