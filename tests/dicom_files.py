@@ -1,5 +1,6 @@
 """DICOM files for tests: series written by SimpleITK, and single objects written byte by byte where SimpleITK writes no such object."""
 
+import locale
 import struct
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def write_dicom_series(
             whole.SetMetaData(key, value)
         files.append(folder / f"{index:03}.dcm")
         writer.SetFileName(str(files[-1]))
+        spoken = locale.setlocale(locale.LC_CTYPE)
         writer.Execute(whole)
+        locale.setlocale(locale.LC_CTYPE, spoken)  # GDCM leaves "C" behind when it writes, and Python would read no UTF-8 any more
     return files
 
 
