@@ -76,7 +76,12 @@ def recognise(source: Path) -> str:
 def _scans_by_name(listing: Listing, folder: Path, name_of: Callable[[Path], str | None] = stem_of) -> dict[str, Path]:
     """Name -> file or DICOM folder of what can be read in a folder; {} where there is no such folder. Hidden files are left out."""
     found: dict[str, Path] = {}
-    for path in _entries(folder):
+    try:
+        entries = _entries(folder)
+    except UserError as error:  # DICOM files among the others
+        listing.report("unexpected file", folder, error)
+        entries = sorted(path for path in folder.iterdir() if suffix_of(path) and not path.name.startswith("."))
+    for path in entries:
         name = name_of(path)
         if name is None:
             listing.add("unexpected file", path, "found a name that the dataset does not know", "rename it or take it out of the folder")

@@ -36,6 +36,7 @@ from pgsam.sam.weights import sha256_of
 from pgsam.volume import GRID_TOLERANCE_MM, Volume, corner_distance_mm, reorient, turn_to
 from pgsam.volume_io import Scan, find_scans, is_picture, read_scan, read_volume, replacing, stem_of, write_volume
 
+_LONGEST_NAME = 255  # bytes, of common file systems
 _DIFFERENCES = ("missed", "not in the reference", "another organ")
 _DIFFERENCE_COLOURS = ((66, 135, 245), (255, 176, 0), (220, 60, 180))  # told apart with any colour vision
 
@@ -290,6 +291,8 @@ def check_output(output: Path, inputs: Mapping[str, Path], references: Mapping[s
         picture = is_picture(path)
         for target in targets_of(name, picture=picture, reference=name in references, similarity=options.similarity):
             file = output / target
+            if len(os.fsencode(f"{name}_similarity.png")) > _LONGEST_NAME:
+                raise UserError(f"{path}: its name leaves no room for {target}; give it a shorter name")
             if target in of:
                 raise UserError(f"{path}: would give {target} as {inputs[of[target]].name} does; give the inputs other names")
             of[target] = name

@@ -252,6 +252,17 @@ def test_folders_of_dicom_series(phantoms, tmp_path):
     assert verify(folder / "two")[1] == {("two series", "two")}
 
 
+def test_dicom_files_among_the_images_are_a_finding(phantoms, tmp_path):
+    """They would be passed over, or taken for the whole folder."""
+    folder = tmp_path / "Dataset001_A"
+    write_nnunet(folder, phantoms)
+    write_series(tmp_path / "series", phantoms[0][0])
+    (tmp_path / "series" / "003.dcm").rename(folder / "imagesTr" / "stray.dcm")
+    code, kinds, _ = verify(folder)
+    assert code == 1
+    assert kinds == {("unexpected file", ""), ("missing partner", "stray"), ("bad list", "")}  # and one case more than dataset.json says
+
+
 def test_damaged_files_are_named_and_do_not_stop_the_rest(phantoms, tmp_path):
     folder = tmp_path / "scans"
     image = phantoms[0][0]

@@ -359,6 +359,13 @@ def test_a_result_takes_the_place_of_results_only(infer, scan, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_name_that_no_file_system_takes_is_one_line(infer, scan, tmp_path):
+    path = tmp_path / f"{'x' * 247}.nii.gz"
+    shutil.copy(scan, path)
+    infer("-i", path, "-o", tmp_path / "out").refused("shorter name")
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_of_an_earlier_run_do_not_stay_beside_new_ones(infer, scan, raw, tmp_path):
     flags = ("-i", scan, "-o", tmp_path / "out")
     assert infer(*flags, "--reference", raw / "Training" / "label" / "label0008.nii.gz", "--label_map", "synapse8").code == 0
