@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: the shared folder with real data and published numbers, weights by rule, and a prepared phantom dataset."""
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,12 @@ def require_shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"../shared/{relative} is not on this machine")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard() -> None:
+    """A shell starts background jobs deaf to Ctrl-C, and their children too; tests of what Ctrl-C does must not depend on that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
