@@ -6,14 +6,14 @@ epoch and its index only: the sampler hands the epoch to the dataset with the in
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from datasets.augment import Augmentation, samed_augmentation
 from datasets.layout import IMAGE_RANGE, DataFolder
@@ -155,22 +155,3 @@ class SliceDataset(Dataset):
         if self.texts is not None:
             item["text"] = self.missing_text if rng.random() < TEXT_DROPOUT else self.texts.get(name, self.missing_text)
         return item
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Every index once an epoch in an order that depends on seed and epoch only; yields `(epoch, index)`."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-        return iter([(epoch, int(index)) for index in order])

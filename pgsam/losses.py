@@ -5,7 +5,8 @@ and the full-size logits. Nothing here waits for the device: losses stay tensors
 on CUDA (no scatter; cross-entropy over rows, not over images).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,42 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 SMOOTH = 1e-5
+REDUCTIONS = ("batch", "sample")
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """What part of an update of the weights a batch is, where an update takes several batches in turn or several processes.
+
+    A loss that is a mean over samples is weighted by the samples here, one that pools sums over a batch by the samples of all processes' batches;
+    gradients that are averaged over processes and summed over batches are then those of one large batch (of each pooled batch).
+
+    Args:
+        own: samples of this process' batch, as a share of the update's.
+        together: samples of all processes' batches at this moment, as a share of the update's.
+        processes: how many there are.
+        pool: the sum of a tensor over processes, with the sum of their gradients.
+    """
+
+    own: float = 1.0
+    together: float = 1.0
+    processes: int = 1
+    pool: Callable[[Tensor], Tensor] = _alone
+
+    def weigh_mean(self, value: Tensor) -> Tensor:
+        """A mean over samples, for an average over processes."""
+        return value * (self.own * self.processes)
+
+    def weigh_pooled(self, value: Tensor) -> Tensor:
+        """A value that is the same in every process."""
+        return value * self.together
+
+
+WHOLE = Share()
 
 
 def dice_loss(logits: Tensor, labels: Tensor, reduction: str = "batch") -> Tensor:
@@ -29,8 +66,7 @@ def dice_loss(logits: Tensor, labels: Tensor, reduction: str = "batch") -> Tenso
     Returns a scalar tensor. Raises ValueError on shapes, a label dtype or a reduction that do not fit.
     """
     _check(logits, labels)
-    if reduction not in ("batch", "sample"):
-        raise ValueError(f'reduction must be "batch" or "sample", got {reduction!r}')
+    _check_reduction(reduction)
     axes = (0, 2, 3) if reduction == "batch" else (2, 3)
     return _soft_dice(_at_least_float32(logits).softmax(dim=1), _is_label(labels, logits.shape[1]), axes)
 
@@ -46,16 +82,20 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(rows, labels.reshape(-1).long())
 
 
-def cross_entropy_and_dice(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_and_dice(logits: Tensor, labels: Tensor, reduction: str = "batch", share: Share = WHOLE) -> tuple[Tensor, Tensor]:
     """`cross_entropy` and `dice_loss` of the same logits in about half the time: one soft-max, no rearranged copy, all element-wise.
 
-    A label outside [0, C), which `cross_entropy` refuses, adds nothing here; the datasets check labels when they read them.
+    A label outside [0, C), which `cross_entropy` refuses, adds nothing here; the datasets check labels when they read them. Both are weighted
+    as `share` says; with reduction "batch" the sums of Dice are pooled over its processes.
     """
     _check(logits, labels)
+    _check_reduction(reduction)
     log_shares = _at_least_float32(logits).log_softmax(dim=1)
     is_label = _is_label(labels, logits.shape[1])
     ce = -log_shares.masked_fill(~is_label, 0).sum() / labels.numel()
-    return ce, _soft_dice(log_shares.exp(), is_label, (0, 2, 3))
+    if reduction == "sample":
+        return share.weigh_mean(ce), share.weigh_mean(_soft_dice(log_shares.exp(), is_label, (2, 3)))
+    return share.weigh_mean(ce), share.weigh_pooled(_soft_dice(log_shares.exp(), is_label, (0, 2, 3), share))
 
 
 def alignment_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -84,10 +124,21 @@ class SegmentationLoss(nn.Module):
             full-size label (PG-SAM's sum over r in {56, 224} at 224 pixels).
         alignment_weight: of `alignment_loss`, for outputs with `alignment_logits`.
         deep_weight: of the mean low-resolution loss over the refiner's steps before the last, for outputs with `step_logits`.
+        dice_reduction: "batch" pools the sums of Dice over the batch (SAMed), "sample" means the samples' losses; see `dice_loss`.
     """
 
-    def __init__(self, dice_weight: float = 0.8, resolution: str = "low", *, alignment_weight: float = 0.0, deep_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        dice_weight: float = 0.8,
+        resolution: str = "low",
+        *,
+        alignment_weight: float = 0.0,
+        deep_weight: float = 0.0,
+        dice_reduction: str = "batch",
+    ) -> None:
         super().__init__()
+        _check_reduction(dice_reduction)
+        self.dice_reduction = dice_reduction
         if not 0 <= dice_weight <= 1:
             raise ValueError(f"dice_weight must be in [0, 1], got {dice_weight}")
         if resolution not in ("low", "both"):
@@ -99,31 +150,35 @@ class SegmentationLoss(nn.Module):
         self.alignment_weight = alignment_weight
         self.deep_weight = deep_weight
 
-    def forward(self, outputs: Mapping[str, Any], low_res_label: Tensor, label: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, outputs: Mapping[str, Any], low_res_label: Tensor, label: Tensor | None = None, share: Share = WHOLE
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and its detached parts, all scalar tensors.
 
-        `total = (1 - w) parts["ce"] + w parts["dice"]`, plus the weighted `parts["alignment"]` and `parts["deep"]` where there are such.
+        `total = (1 - w) parts["ce"] + w parts["dice"]`, plus the weighted `parts["alignment"]` and `parts["deep"]` where there are such. All are
+        weighted for an average over the processes of `share`.
 
         Args:
             outputs: `low_res_logits` (B, K+1, S/4, S/4) and, for "both", `masks` (B, K+1, S, S), logits; see the class for the others.
             low_res_label: (B, S/4, S/4) integers in [0, K].
             label: (B, S, S) integers in [0, K]; only "both" reads it.
+            share: what part of an update this batch is.
         """
         pairs = [(outputs["low_res_logits"], low_res_label)]
         if self.resolution == "both":
             if label is None:
                 raise ValueError('resolution "both" needs the full-size label')
             pairs.append((outputs["masks"], label))
-        terms = [cross_entropy_and_dice(*pair) for pair in pairs]
+        terms = [cross_entropy_and_dice(*pair, self.dice_reduction, share) for pair in pairs]
         ce, dice = torch.stack([ce for ce, _ in terms]).sum(), torch.stack([dice for _, dice in terms]).sum()
         total = self._weigh(ce, dice)
         parts = {"ce": ce, "dice": dice}
         if self.alignment_weight and "alignment_logits" in outputs:
-            parts["alignment"] = alignment_loss(outputs["alignment_logits"], low_res_label)
+            parts["alignment"] = share.weigh_mean(alignment_loss(outputs["alignment_logits"], low_res_label))
             total = total + self.alignment_weight * parts["alignment"]
         if self.deep_weight and "step_logits" in outputs:
             earlier = outputs["step_logits"][:-1]
-            losses = [self._weigh(*cross_entropy_and_dice(logits, low_res_label)) for logits in earlier]
+            losses = [self._weigh(*cross_entropy_and_dice(logits, low_res_label, self.dice_reduction, share)) for logits in earlier]
             parts["deep"] = torch.stack(losses).mean()
             total = total + self.deep_weight * parts["deep"]
         return total, {name: part.detach() for name, part in parts.items()}
@@ -134,7 +189,7 @@ class SegmentationLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
         extra = f", alignment_weight={self.alignment_weight}, deep_weight={self.deep_weight}"
-        return f"dice_weight={self.dice_weight}, resolution={self.resolution!r}{extra}"
+        return f"dice_weight={self.dice_weight}, resolution={self.resolution!r}{extra}, dice_reduction={self.dice_reduction!r}"
 
 
 def _is_label(labels: Tensor, channels: int) -> Tensor:
@@ -142,12 +197,20 @@ def _is_label(labels: Tensor, channels: int) -> Tensor:
     return labels.unsqueeze(1) == torch.arange(channels, device=labels.device).view(1, -1, 1, 1)
 
 
-def _soft_dice(probabilities: Tensor, is_label: Tensor, axes: tuple[int, ...]) -> Tensor:
+def _soft_dice(probabilities: Tensor, is_label: Tensor, axes: tuple[int, ...], share: Share = WHOLE) -> Tensor:
     """The Dice loss of `dice_loss`, summed over `axes` before dividing, from probabilities and labels `(B, C, H, W)`."""
     intersection = probabilities.masked_fill(~is_label, 0).sum(axes)
     predicted = probabilities.square().sum(axes)
     present = is_label.sum(axes).to(probabilities.dtype)  # t^2 = t
+    if share.processes > 1:
+        sums = torch.stack([intersection, predicted, present])
+        intersection, predicted, present = share.pool(sums if share.own else 0 * sums)
     return (1 - (2 * intersection + SMOOTH) / (predicted + present + SMOOTH)).mean()
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "batch" or "sample", got {reduction!r}')
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from datasets.augment import no_augmentation
 from datasets.layout import DataFolder
-from datasets.slices import EpochSampler, SliceDataset, check_slice_header, read_slice
+from datasets.order import UpdateSampler
+from datasets.slices import SliceDataset, check_slice_header, read_slice
 from pgsam.errors import UserError
 
 CASE = "case0006_slice004"
@@ -119,11 +120,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
 
 def epochs(folder: DataFolder, seed: int, num_workers: int, number: int = 2) -> list[dict]:
     dataset = SliceDataset(folder, num_classes=8, img_size=32, input_size=32, seed=seed)
-    sampler = EpochSampler(len(dataset), seed)
-    loader = DataLoader(dataset, batch_size=3, sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0)
+    sampler = UpdateSampler(len(dataset), 3, seed)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0)
     batches = []
     for epoch in range(number):
-        sampler.set_epoch(epoch)
+        sampler.go_to(epoch)
         batches += list(loader)
     return batches
 
@@ -159,27 +160,6 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(folder: DataFolder) -> No
     assert images(dataset(2), keys) != first
     for index in range(7):
         assert len({first[epoch, index] for epoch in range(12)}) > 3  # the epochs differ
-
-
-@pytest.mark.parametrize("length", [1, 2, 30])
-def test_the_sampler_covers_every_index_once_an_epoch(length: int) -> None:
-    sampler = EpochSampler(length, 7)
-    assert len(sampler) == length
-    for epoch in (0, 3):
-        sampler.set_epoch(epoch)
-        keys = list(sampler)
-        assert sorted(keys) == [(epoch, index) for index in range(length)]
-        assert list(sampler) == keys
-
-
-def test_the_order_depends_on_seed_and_epoch() -> None:
-    def order(seed: int, epoch: int) -> tuple[int, ...]:
-        sampler = EpochSampler(30, seed)
-        sampler.set_epoch(epoch)
-        return tuple(index for _, index in sampler)
-
-    assert len({order(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
-    assert order(1, 2) == order(1, 2)
 
 
 # --- bad files ----------------------------------------------------------------------------------------------------------------------------
