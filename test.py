@@ -2,6 +2,7 @@
 
     python test.py --checkpoint runs/pg_sam/final.safetensors --data_dir data/Synapse --output_dir results/pg_sam --is_savenii
     python test.py --lora_ckpt epoch_159.pth --ckpt sam_vit_b_01ec64.pth --volume_path data/Synapse --output_dir results/published   # SAMed's file
+    torchrun --nproc_per_node 4 test.py --checkpoint runs/pg_sam/final.safetensors --data_dir data/Synapse   # four GPUs share the volumes out
 
 --volume_path takes the prepared folder or its test_vol_h5; the list is lists/test_vol.txt beside it unless --list_dir says otherwise. It takes a
 raw folder too, of BTCV, FLARE22, nnU-Net or the Medical Segmentation Decathlon, which is prepared in --prepared as train.py does. Module,
@@ -10,6 +11,7 @@ report.html (both protocols, box plots, every case and the worst slices on one p
 with --is_savenii, predictions/*.nii.gz on the grid of the original scans, all at once when every case has passed.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ from pgsam.errors import Parser, UserError, reports_user_errors
 
 if TYPE_CHECKING:
     from datasets.layout import DataFolder
+    from pgsam.engine.distributed import World
     from pgsam.models.card import ModelCard
 
 
@@ -57,27 +60,37 @@ def refuse_other_classes(card: "ModelCard", folder: "DataFolder") -> None:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
+    from pgsam.engine.distributed import joined
+    from pgsam.engine.flags import check_model_flags, parse, require_at_least
+
+    args = parse(build_parser(), argv)
+    check_model_flags(args)
+    require_at_least(args, seed=0)
+    with joined(args.device) as world:
+        run_test(args, world)
+    return 0
+
+
+def run_test(args: argparse.Namespace, world: "World") -> None:
+    """Opens everything that the flags name, and tests."""
     from datasets.volumes import case_path, check_case_header
-    from pgsam.engine.device import environment, pick_device
+    from pgsam.engine.device import environment
     from pgsam.engine.evaluate import evaluate, refuse_overlap
-    from pgsam.engine.flags import check_model_flags, jsonable, open_model, parse, refuse_torchrun, require_at_least
+    from pgsam.engine.flags import jsonable, open_model
     from pgsam.engine.text_flags import open_slice_texts
     from pgsam.engine.train import seed_everything
     from preprocess.raw import open_data
 
-    args = parse(build_parser(), argv)
-    refuse_torchrun()
-    check_model_flags(args)
-    require_at_least(args, seed=0)
-    device = pick_device(args.device)
-    folder = open_data(args.volume_path, "test", list_dir=args.list_dir, dataset=args.dataset, prepared=args.prepared)
+    for turn in (True, False):  # a raw dataset is prepared by the first process, and found prepared by the others
+        if turn == world.is_main:
+            folder = open_data(args.volume_path, "test", list_dir=args.list_dir, dataset=args.dataset, prepared=args.prepared)
+        world.barrier()
     for name in folder.names:
         check_case_header(case_path(folder, name), name)
     seed_everything(args.seed, bool(args.deterministic))
-    model = open_model(args, device)
+    model = open_model(args, world.device)
     refuse_other_classes(model.card, folder)
     refuse_overlap(model.card, folder, args.allow_overlap)
-    texts = open_slice_texts(args, model)
     evaluate(
         model,
         model.card,
@@ -86,10 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings={"flags": jsonable(args)},
         batch_size=args.batch_size,
         save_nifti=args.is_savenii,
-        texts=texts,
-        run={**environment(device), "world_size": 1},
+        texts=open_slice_texts(args, model),
+        run={**environment(world.device), "world_size": world.size},
+        world=world,
     )
-    return 0
 
 
 if __name__ == "__main__":

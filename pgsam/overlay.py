@@ -337,5 +337,8 @@ class WorstSlices:
             picture = contours(grey, ref, pred, self.colours, spacing_hw=spacing_mm[1:] if spacing_mm else (1.0, 1.0))
             file = io.BytesIO()
             picture.save(file, format="JPEG", quality=85, subsampling=0)  # colours of thin lines need every pixel
-            self.pictures.append(SlicePicture(case, number, len(image), loss, organs, orientation, picture.size, file.getvalue()))
-            self.pictures = sorted(self.pictures, key=lambda picture: -picture.loss)[: self.limit]
+            self.merge([SlicePicture(case, number, len(image), loss, organs, orientation, picture.size, file.getvalue())])
+
+    def merge(self, pictures: Sequence[SlicePicture]) -> None:
+        """Takes up pictures of one or more cases that another collection has kept."""
+        self.pictures = sorted([*self.pictures, *pictures], key=lambda picture: -picture.loss)[: self.limit]

@@ -11,8 +11,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from datasets.labels import colour_of
 from datasets.layout import DataFolder
 from datasets.volumes import Case, case_path, read_case
+from pgsam.engine.distributed import World, share_out
 from pgsam.engine.log import Log
 from pgsam.engine.predict import segment_slices, similarity_maps
 from pgsam.engine.text_flags import SliceTextReader, notes_on_texts
@@ -31,7 +32,7 @@ from pgsam.errors import UserError
 from pgsam.metrics import class_metrics, format_table, summarise
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
-from pgsam.overlay import WorstSlices, for_display, heat, montage, overlay, save_png, show_case
+from pgsam.overlay import SlicePicture, WorstSlices, for_display, heat, montage, overlay, save_png, show_case
 from pgsam.report import write_report
 from pgsam.volume import Turn, turn_to
 from pgsam.volume_io import write_volume
@@ -82,8 +83,11 @@ def evaluate(
     save_nifti: bool = False,
     texts: SliceTextReader | None = None,
     run: Mapping[str, Any] | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Tests `model` on every volume of `folder` and writes the results folder.
+
+    Several processes share the volumes out: each writes the pictures and predictions of its own, the first one all that is about every volume.
 
     Args:
         model: in evaluation mode.
@@ -95,30 +99,44 @@ def evaluate(
         save_nifti: also write `predictions/<case>_{pred,img,gt}.nii.gz` on the grid of the original scan.
         texts: reads the reports on the slices, for models that take them.
         run: goes into `settings.run` with the seconds and the time of day.
+        world: the processes that test together; this one alone by default.
 
     Returns:
-        The content of `metrics.json`: `settings`, `cases` and `summary` (design section 3), undefined values as None.
+        The content of `metrics.json`: `settings`, `cases` and `summary` (design section 3), undefined values as None. Empty in all processes but
+        the first.
     """
-    with results_folder(output_dir) as staging:
+    world = world or World()
+    with _shared_folder(output_dir, world) as staging:
         log = Log(staging / "test_log" / "log.txt")
         started = time.perf_counter()
-        cases: dict[str, dict[str, dict[str, float | None]]] = {}
         colours = {name: colour_of(name, i) for i, name in enumerate(card.class_names)}
+        mine = _own_cases(folder, world)
+        tested: list[_Tested] = []
+        failure: UserError | None = None
+        try:
+            for index in mine:
+                if world.has_failed():
+                    break
+                tested.append(_test_case(model, card, folder, index, staging, batch_size=batch_size, save_nifti=save_nifti, texts=texts))
+                if world.size == 1:
+                    log(tested[-1].line)
+        except UserError as error:
+            world.fail()
+            failure = error
+        parts = world.gather((None if failure is None else str(failure), tested))
+        for message, _ in parts:
+            if message is not None:
+                raise UserError(message)
+        every = sorted((one for _, found in parts for one in found), key=lambda one: one.index)
+        if not world.is_main:
+            return {}
+        if world.size > 1:
+            for one in every:
+                log(one.line)
+        cases = {folder.names[one.index]: one.metrics for one in every}
         worst = WorstSlices(card.class_names, list(colours.values()))
-        for index, name in enumerate(folder.names):
-            case = read_case(case_path(folder, name), name, card.num_classes)
-            labels = segment_case(model, card, case, case_path(folder, name), batch_size, texts)
-            cases[name] = metrics_of_case(labels, case.label, card.class_names, case.spacing_mm)
-            one = summarise({name: cases[name]}, card.class_names, "transunet", n_resamples=0)["mean"]
-            log(f"idx {index} case {name} mean_dice {one['dsc']['mean']:f} mean_hd95 {one['hd95_vox']['mean']:f}")
-            maps = [("reference", case.label), ("prediction", labels)]
-            picture = staging / "overlays" / f"{name}.png"
-            picture.parent.mkdir(exist_ok=True)
-            orientation = case.orientation or card.orientation
-            save_case_picture(picture, case.image, maps, card, orientation, case.spacing_mm)
-            worst.add(name, case.image, case.label, labels, orientation=orientation, spacing_mm=case.spacing_mm)
-            if save_nifti:
-                _save_nifti(staging, case, labels)
+        for one in every:
+            worst.merge(one.pictures)
         summary = {protocol: summarise(cases, card.class_names, protocol) for protocol in PROTOCOLS}
         seconds = time.perf_counter() - started
         _log_summary(log, summary, card.class_names)
@@ -143,6 +161,76 @@ def evaluate(
     return results
 
 
+@dataclass(frozen=True)
+class _Tested:
+    """What the test of one volume gives to what is about all of them."""
+
+    index: int  # in the list
+    metrics: dict[str, dict[str, float | None]]
+    pictures: list[SlicePicture]
+    line: str
+
+
+def _test_case(
+    model: SliceModel,
+    card: ModelCard,
+    folder: DataFolder,
+    index: int,
+    staging: Path,
+    *,
+    batch_size: int | None,
+    save_nifti: bool,
+    texts: SliceTextReader | None,
+) -> _Tested:
+    """Tests one volume and writes the files about it."""
+    name = folder.names[index]
+    case = read_case(case_path(folder, name), name, card.num_classes)
+    labels = segment_case(model, card, case, case_path(folder, name), batch_size, texts)
+    metrics = metrics_of_case(labels, case.label, card.class_names, case.spacing_mm)
+    one = summarise({name: metrics}, card.class_names, "transunet", n_resamples=0)["mean"]
+    maps = [("reference", case.label), ("prediction", labels)]
+    picture = staging / "overlays" / f"{name}.png"
+    picture.parent.mkdir(exist_ok=True)
+    orientation = case.orientation or card.orientation
+    save_case_picture(picture, case.image, maps, card, orientation, case.spacing_mm)
+    worst = WorstSlices(card.class_names, [colour_of(organ, i) for i, organ in enumerate(card.class_names)])
+    worst.add(name, case.image, case.label, labels, orientation=orientation, spacing_mm=case.spacing_mm)
+    if save_nifti:
+        _save_nifti(staging, case, labels)
+    line = f"idx {index} case {name} mean_dice {one['dsc']['mean']:f} mean_hd95 {one['hd95_vox']['mean']:f}"
+    return _Tested(index, metrics, worst.pictures, line)
+
+
+def _own_cases(folder: DataFolder, world: World) -> list[int]:
+    """Which volumes this process tests, by their place in the list; large files are spread first."""
+    sizes = world.from_main([case_path(folder, name).stat().st_size for name in folder.names] if world.is_main else None)
+    return share_out(sizes, world.size)[world.rank]
+
+
+@contextmanager
+def _shared_folder(output_dir: str | Path, world: World) -> Iterator[Path]:
+    """`results_folder` of the first process, given to all; its content moves when the first process has left.
+
+    Raises:
+        UserError: as `results_folder`, or the folder is on a disk of the first process' machine only.
+    """
+    with ExitStack() as stack:
+        staging: Path | None = None
+        problem: UserError | None = None
+        if world.is_main:
+            try:
+                staging = stack.enter_context(results_folder(output_dir))
+            except UserError as error:
+                problem = error
+        staging, message = world.from_main((staging, None if problem is None else str(problem)))
+        if message is not None:
+            raise UserError(message)
+        assert staging is not None
+        if not all(world.gather(staging.is_dir())):
+            raise UserError(f"{output_dir}: expected a folder that all machines share, found it on some only; give another --output_dir")
+        yield staging
+
+
 def refuse_overlap(card: ModelCard, folder: DataFolder, allowed: bool) -> None:
     """Raises a UserError if the checkpoint is known to have seen a patient of the test list; says so if that is not known."""
     if card.training_patients is None:
@@ -156,6 +244,16 @@ def refuse_overlap(card: ModelCard, folder: DataFolder, allowed: bool) -> None:
         )
 
 
+def refuse_other_scaling(card: ModelCard, case: Case, path: Path) -> None:
+    """Raises a UserError if a volume is known to have been scaled by another window than the model's training slices."""
+    same = case.image_kind == card.image_kind and (card.image_kind == "percentile" or case.window == card.window)
+    if case.image_kind is not None and not same:
+        raise UserError(
+            f"{path} ({case.name}): was scaled by {case.image_kind} {case.window}, the checkpoint was trained on {card.image_kind} {card.window}; "
+            "preprocess the volumes as the training slices"
+        )
+
+
 def segment_case(
     model: SliceModel, card: ModelCard, case: Case, path: Path, batch_size: int | None = None, texts: SliceTextReader | None = None
 ) -> np.ndarray:
@@ -164,12 +262,7 @@ def segment_case(
     Raises:
         UserError: the volume was scaled by another window than the training slices, or a slice has no report.
     """
-    same = case.image_kind == card.image_kind and (card.image_kind == "percentile" or case.window == card.window)
-    if case.image_kind is not None and not same:
-        raise UserError(
-            f"{path} ({case.name}): was scaled by {case.image_kind} {case.window}, the checkpoint was trained on {card.image_kind} {card.window}; "
-            "preprocess the volumes as the training slices"
-        )
+    refuse_other_scaling(card, case, path)
     image, turn = case.image, None
     told = texts.read_case(case.name, len(image)) if texts is not None else None
     # SAMed's files do not say their orientation: there the stored order is taken as it is, which is what SAMed does.
@@ -245,18 +338,25 @@ def save_similarity_picture(
     in training. False, and no picture, for a model without an aligner.
     """
     chosen = np.linspace(0, len(image) - 1, columns + 2).round().astype(int)[1:-1]
-    maps = similarity_maps(model, image[chosen], input_size=card.input_size)
-    if maps is None:
+    rows = similarity_rows(model, image[chosen], card, orientation)
+    if not rows:
         return False
-    low, high = maps.mean(axis=(0, 2, 3), keepdims=True), maps.max(axis=(0, 2, 3), keepdims=True)
-    maps = (maps - low) / np.maximum(high - low, 1e-6)
-    grey, maps = for_display(image[chosen], orientation), for_display(maps, orientation)
-    colours = [colour_of(name, i) for i, name in enumerate(card.class_names)]
-    rows = [[overlay(picture, None, colours) for picture in grey]]
-    rows += [[heat(picture, m[k], colour) for picture, m in zip(grey, maps, strict=True)] for k, colour in enumerate(colours)]
+    rows.insert(0, [overlay(picture, None, []) for picture in for_display(image[chosen], orientation)])
     spacing_hw = spacing_mm[1:] if spacing_mm else (1.0, 1.0)
     save_png(montage(rows, row_titles=["image", *card.class_names], legend=[], tile_height=128, spacing_hw=spacing_hw), path)
     return True
+
+
+def similarity_rows(model: SliceModel, slices: np.ndarray, card: ModelCard, orientation: str) -> list[list[np.ndarray]]:
+    """Pictures `(H, W, 3)` as `save_similarity_picture` has them, a row an organ, of `slices` [D, H, W]; none for a model without an aligner."""
+    maps = similarity_maps(model, slices, input_size=card.input_size)
+    if maps is None:
+        return []
+    low, high = maps.mean(axis=(0, 2, 3), keepdims=True), maps.max(axis=(0, 2, 3), keepdims=True)
+    maps = (maps - low) / np.maximum(high - low, 1e-6)
+    grey, maps = for_display(slices, orientation), for_display(maps, orientation)
+    colours = [colour_of(name, i) for i, name in enumerate(card.class_names)]
+    return [[heat(picture, m[k], colour) for picture, m in zip(grey, maps, strict=True)] for k, colour in enumerate(colours)]
 
 
 def _save_nifti(staging: Path, case: Case, labels: np.ndarray) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,13 +101,6 @@ def check_model_flags(args: argparse.Namespace) -> None:
     require_at_least(args, rank=1, num_classes=1, input_size=16, batch_size=1)
     if args.img_size is not None:
         check_img_size(args.img_size)
-
-
-def refuse_torchrun() -> None:
-    """Raises a UserError under torchrun with several processes, which would all do the same work and write over each other."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise UserError(f"WORLD_SIZE {world}: expected one process, several are not supported yet; start the program with python")
 
 
 def add_deterministic(parser: argparse.ArgumentParser) -> None:
