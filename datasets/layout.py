@@ -32,8 +32,11 @@ class DataFolder:
 
     def patients(self) -> tuple[str, ...]:
         """The patient key of every case in the list, sorted; a case is its own patient where nothing else is known."""
-        known = (self.manifest or {}).get("cases", {})
-        return tuple(sorted({str(known.get(case, {}).get("patient") or case) for case in self.cases()}))
+        return tuple(sorted({self.patient_of(case) for case in self.cases()}))
+
+    def patient_of(self, case: str) -> str:
+        """The patient key of a case, in the list or not."""
+        return str((self.manifest or {}).get("cases", {}).get(case, {}).get("patient") or case)
 
     def cases(self) -> tuple[str, ...]:
         """The cases in the list, sorted; the name of a slice is `<case>_slice<number>`."""
@@ -67,17 +70,26 @@ def find_data(root: str | Path, subfolder: str, list_name: str, *, list_dir: str
     found = [folder / list_name for folder in candidates if (folder / list_name).is_file()]
     if not found:
         raise UserError(f"{list_name}: expected a list in {' or '.join(map(str, candidates))}, found none; give its folder with --list_dir")
+    return DataFolder(files, found[0], read_names(found[0]), read_manifest(files.parent))
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """The names in a list file, one a line; a suffix `.npz` or `.npy.h5` is left out.
+
+    Raises:
+        UserError: the file is no text, is empty, or names something twice.
+    """
     try:
-        lines = found[0].read_text(encoding="utf-8-sig").splitlines()  # Windows editors put a mark before the first name
-    except UnicodeDecodeError as error:
-        raise UserError(f"{found[0]}: expected one name a line, found no UTF-8 text ({error}); write the list again") from error
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows editors put a mark before the first name
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected one name a line, found no UTF-8 text ({error}); write the list again") from error
     names = tuple(line.strip().removesuffix(".npy.h5").removesuffix(".npz") for line in lines if line.strip())
     if not names:
-        raise UserError(f"{found[0]}: expected one name a line, found an empty list; run the preprocessing again")
+        raise UserError(f"{path}: expected one name a line, found an empty list; run the preprocessing again")
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
-        raise UserError(f"{found[0]}: expected every name once, found {twice[0]} more than once ({len(twice)} such names); remove the copies")
-    return DataFolder(files, found[0], names, read_manifest(files.parent))
+        raise UserError(f"{path}: expected every name once, found {twice[0]} more than once ({len(twice)} such names); remove the copies")
+    return names
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
