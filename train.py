@@ -8,12 +8,22 @@ Decathlon, then
     python train.py --root_path Dataset001_Liver --output runs/liver                                 # raw: prepared in data/Dataset001_Liver first
     python train.py --root_path data/mine --output runs/tiny --vit_name vit_tiny --ckpt none --tune full --class_tokens text
 
+With several GPUs, and with several machines, each of which runs the same command:
+
+    torchrun --nproc_per_node 4 train.py --root_path data/Synapse --output runs/pg_sam
+    torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --root_path data/Synapse --output runs/pg_sam
+
+There --batch_size is that of one process, so N of them take N times as many slices a step; --output is on a disk that all machines share.
+scripts/slurm/train.sbatch is a job that puts itself back in the queue when its time is up.
+
 --root_path takes the prepared folder or its train_npz; the list is lists/train.txt beside it unless --list_dir says otherwise. A raw folder is
 prepared in --prepared, and the next time only what has changed; its test cases (published, labelsTs, or a fifth of the cases) are not trained on.
-Other label maps, windows and splits: preprocess/. A patient who is in the test list too is refused unless --allow_overlap. The output
-folder gets config.json, command.txt, env.json, log.txt, history.csv, tensorboard/, last.pt and, at the end, final.safetensors, which test.py
-and infer_demo.py read. Defaults of a flag marked (by module) are those of the published method; --root_path and --output default to the names
-that PG-SAM's README uses. PG-SAM's organ reports are built in; --reports gives others, and --slice_reports adds one on each slice.
+Other label maps, windows and splits: preprocess/. A patient who is in the test list too is refused unless --allow_overlap. The output folder gets
+config.json, command.txt, env.json, log.txt, history.csv, tensorboard/, last.pt and, at the end, final.safetensors, which test.py and infer_demo.py
+read. With --val_share 0.1 (of the patients) or --val_list, DSC by organ on whole volumes that are not trained on goes into history.csv every
+--val_interval epochs, best.safetensors is the best by mean DSC, and --patience ends a training that has stopped gaining. Defaults of a flag marked
+(by module) are those of the published method; --root_path and --output default to the names that PG-SAM's README uses. PG-SAM's organ reports are
+built in; --reports gives others, and --slice_reports adds one on each slice.
 """
 
 import argparse
@@ -27,7 +37,12 @@ from pgsam.errors import Parser, UserError, reports_user_errors
 
 if TYPE_CHECKING:
     from datasets.layout import DataFolder
+    from pgsam.engine.distributed import World
+    from pgsam.engine.text_flags import SliceTextReader
+    from pgsam.engine.train import Recipe
+    from pgsam.models.base import SliceModel
     from pgsam.models.card import ModelCard
+    from pgsam.prior.reports import SliceReports
 
 # What each published method was trained with. SAMed: 512 px, lr 0.005, 200 epochs of which 160 are run.
 SAMED_RECIPE = {
@@ -68,6 +83,8 @@ def build_parser() -> Parser:
     from pgsam.engine.device import DEVICES
     from pgsam.engine.flags import add_deterministic
     from pgsam.engine.text_flags import add_slice_report_flags
+    from pgsam.engine.train import AMP
+    from pgsam.losses import REDUCTIONS
     from pgsam.models import BUILDERS, DEFAULT_MODULE
     from pgsam.models.pg_sam import CLASS_TOKENS, FUSIONS, NO_ALIGNER
     from pgsam.prior.aligner import ALIGNERS
@@ -86,7 +103,7 @@ def build_parser() -> Parser:
         help="split and classes of raw BTCV or FLARE22; names the classes of prepared data without a manifest (default: as the files, else Synapse)",
     )
     add("--list_dir", help="folder of train.txt")
-    add("--allow_overlap", action="store_true", help="train on patients who are in the test list too")
+    add("--allow_overlap", action="store_true", help="train on patients who are in the test list or the validation list too")
     add("--num_classes", type=int, help="foreground classes (default: the data's manifest, else the dataset's)")
     add("--module", default=DEFAULT_MODULE, choices=list(BUILDERS), help="method (default %(default)s)")
     add("--vit_name", default="vit_b", choices=list(VITS), help="image encoder (default %(default)s)")
@@ -117,6 +134,27 @@ def build_parser() -> Parser:
     add("--text_encoder", help=f"name or folder of a transformers text model (default {BUILTIN_ENCODER}, embedded already)")
     add("--text_lora", type=int, help="rank of LoRA in the text encoder, which then runs at every step (default 0: frozen)")
     add_slice_report_flags(parser)
+    add(
+        "--dice_reduction",
+        default="batch",
+        choices=REDUCTIONS,
+        help="Dice of the whole batch (SAMed), or of each slice (default %(default)s)",
+    )
+    add("--amp", default="off", choices=list(AMP), help="forward pass in half precision; losses stay float32 (default %(default)s)")
+    add("--grad_accum", type=int, default=1, help="micro-batches of --batch_size an update (default %(default)s)")
+    add("--grad_clip", type=float, help="largest norm of the gradient (default: not clipped)")
+    add("--checkpointing", action="store_true", help="recompute the image encoder's blocks in the backward pass: less memory, more time")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--shard", action="store_true", help="under torchrun: the encoder's frozen weights are spread over the processes (FSDP; for vit_h)")
+    add("--channels_last", action="store_true", help="channels-last memory for convolutions")
+    add(
+        "--val_list", type=Path, metavar="FILE", help="validate on these cases, one a line, of the training list (not trained on then) or test_vol_h5"
+    )
+    add("--val_share", type=float, metavar="F", help="validate on this share of the patients, drawn by --seed, who are then not trained on")
+    add("--val_interval", type=int, metavar="EPOCHS", help="validate every so many epochs; best.safetensors is the best by mean DSC (default 1)")
+    add("--patience", type=int, metavar="N", help="end the training after N validations without a better mean DSC (default: never)")
+    add("--resume", metavar="auto|DIR", help="go on: auto with the run in --output, if there is one; or with the run in that folder")
+    add("--save_interval", type=int, metavar="STEPS", help="training state every so many steps (default: every epoch and every 10 minutes)")
     add("--seed", type=int, default=1234, help="of weights, order and augmentation (default %(default)s)")
     add_deterministic(parser)
     add("--num_workers", type=int, help="data loading processes; changes no number (default: 0 on a CPU, else one a core, at most 8)")
@@ -136,15 +174,20 @@ def resolve(args: argparse.Namespace) -> None:
     if args.stop_epoch is None:
         args.stop_epoch = min(recipe.get("stop_epoch", args.max_epochs), args.max_epochs)
     require_at_least(args, num_classes=1, rank=1, input_size=16, max_epochs=1, stop_epoch=1, batch_size=1)
-    require_at_least(args, warmup_period=1, weight_decay=0, num_workers=0, seed=0)
+    require_at_least(args, warmup_period=1, weight_decay=0, num_workers=0, seed=0, grad_accum=1, save_interval=1)
     resolve_text(args)
+    resolve_validation(args)
     check_img_size(args.img_size)
     if args.stop_epoch > args.max_epochs:
         raise UserError(f"--stop_epoch {args.stop_epoch}: expected at most --max_epochs {args.max_epochs}, the length of the schedule")
     if not args.base_lr > 0:
         raise UserError(f"--base_lr {args.base_lr}: expected a positive number")
+    if args.grad_clip is not None and not args.grad_clip > 0:
+        raise UserError(f"--grad_clip {args.grad_clip}: expected a positive number")
     if not 0 <= args.dice_param <= 1:
         raise UserError(f"--dice_param {args.dice_param}: expected a number from 0 to 1")
+    if args.tune == "full" and args.shard:
+        raise UserError("--shard: spreads frozen weights, and --tune full leaves none; leave one of them out")
     if args.tune == "full" and args.rank is not None:
         raise UserError(f"--rank {args.rank}: --tune full trains every parameter and has no LoRA; leave --rank out")
     if args.tune == "lora" and args.rank is None:
@@ -153,6 +196,26 @@ def resolve(args: argparse.Namespace) -> None:
         raise UserError(f"--rank {args.rank}: expected at most {vit_sizes(args.vit_name).out_chans}, the decoder's width")
     if args.tune == "full" and args.module == "sam_lora_image_encoder_mask_decoder":
         raise UserError(f"--tune full: trains every parameter, which leaves nothing of --module {args.module}; use sam_lora_image_encoder")
+
+
+def resolve_validation(args: argparse.Namespace) -> None:
+    """The part of `resolve` that is about validation."""
+    from datasets.held_out import check_share
+    from pgsam.engine.flags import require_at_least
+
+    require_at_least(args, val_interval=1, patience=1)
+    if args.val_list is not None and args.val_share is not None:
+        raise UserError("--val_list and --val_share both say what to validate on; give one of them")
+    if args.val_list is None and args.val_share is None:
+        idle = [f"--{name}" for name in ("val_interval", "patience") if getattr(args, name) is not None]
+        if idle:
+            raise UserError(f"{', '.join(idle)}: nothing is validated without --val_list or --val_share; give one of them, or leave it out")
+        return
+    if args.val_share is not None:
+        check_share(args.val_share)
+    args.val_interval = args.val_interval or 1
+    if args.val_interval > args.stop_epoch:
+        raise UserError(f"--val_interval {args.val_interval}: expected at most --stop_epoch {args.stop_epoch}, else nothing is ever validated")
 
 
 def is_given(args: argparse.Namespace, name: str) -> bool:
@@ -277,29 +340,81 @@ def text_settings_of(args: argparse.Namespace) -> dict[str, Any]:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
+    from pgsam.engine.distributed import joined
+    from pgsam.engine.flags import parse
+
+    args = parse(build_parser(), argv)
+    resolve(args)
+    with joined(args.device) as world:
+        resuming = choose_run(args)
+        if len(set(world.gather(resuming))) > 1:
+            raise UserError(f"{args.output}: expected a folder that all machines share, found a run in it on some only; name one on such a disk")
+        if args.shard and world.size == 1:
+            raise UserError("--shard: expected several processes to spread the weights over, found one; start with torchrun, or leave it out")
+        run_training(args, list(argv if argv is not None else sys.argv[1:]), world, resuming=resuming)
+    return 0
+
+
+def choose_run(args: argparse.Namespace) -> bool:
+    """Whether a run goes on; `--resume DIR` makes that folder the output."""
+    from pgsam.engine.run_folder import RunFolder, has_state
+
+    if args.resume is None:
+        RunFolder.check_free(args.output)
+        return False
+    if args.resume != "auto":
+        if not has_state(args.resume):
+            raise UserError(f"--resume {args.resume}: expected a run folder with last.pt or prev.pt, found none; name one, or auto")
+        args.output = args.resume
+        return True
+    if has_state(args.output):
+        return True
+    RunFolder.check_free(args.output, resume=True)
+    return False
+
+
+def commands(argv: list[str], world: "World") -> tuple[list[str], str]:
+    """This command, and a line for a shell that goes on with its run."""
+    import os
+    import shlex
+
+    start = ["python", "train.py"]
+    if world.size > 1:
+        start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(world.size)), "train.py"]
+    resumes = any(word == "--resume" or word.startswith("--resume=") for word in argv)
+    return [*start, *argv], shlex.join([*start, *argv, *(() if resumes else ("--resume", "auto"))])
+
+
+def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, resuming: bool) -> None:
+    """Builds everything that the flags name, and trains."""
     from datasets.augment import AUGMENTATIONS
+    from datasets.held_out import hold_out_list, hold_out_share
     from datasets.slices import SliceDataset
     from pgsam.engine.checkpoint import start_from, with_told
-    from pgsam.engine.device import pick_device
-    from pgsam.engine.flags import jsonable, parse, refuse_torchrun, resolve_ckpt
+    from pgsam.engine.flags import jsonable, resolve_ckpt
+    from pgsam.engine.run_folder import RunFolder, newest_state
     from pgsam.engine.text_flags import SliceTextReader, read_store
-    from pgsam.engine.train import Recipe, RunFolder, default_workers, seed_everything, train, write_provenance
+    from pgsam.engine.train import Trainer, seed_everything, write_provenance
+    from pgsam.engine.validate import Validation
     from pgsam.models import build_model
-    from pgsam.models.pg_sam import PGSam, text_dim
+    from pgsam.models.pg_sam import text_dim
     from pgsam.sam.weights import require_file
     from pgsam.tuning.trainable import trainable_report
     from preprocess.raw import open_data
 
-    args = parse(build_parser(), argv)
-    refuse_torchrun()
-    resolve(args)
-    device = pick_device(args.device)
-    RunFolder.check_free(args.output)
     ckpt = resolve_ckpt(args.ckpt, args.vit_name)
     if ckpt is not None:  # before a raw dataset is prepared, which takes a while
         require_file(ckpt, f"the official SAM file of {args.vit_name}")
-    folder = open_data(args.root_path, "train", list_dir=args.list_dir, dataset=args.dataset, prepared=args.prepared)
+    for turn in (True, False):  # a raw dataset is prepared by the first process, and found prepared by the others
+        if turn == world.is_main:
+            folder = open_data(args.root_path, "train", list_dir=args.list_dir, dataset=args.dataset, prepared=args.prepared)
+        world.barrier()
     refuse_overlap(folder, args.allow_overlap)
+    held_out = None
+    if args.val_list is not None:
+        folder, held_out = hold_out_list(folder, args.val_list, allow_overlap=args.allow_overlap)
+    elif args.val_share is not None:
+        folder, held_out = hold_out_share(folder, args.val_share, args.seed)
     names = class_names_of(folder, args)
     dataset = SliceDataset(
         folder,
@@ -320,44 +435,99 @@ def main(argv: Sequence[str] | None = None) -> int:
         class_names=names,
         rank=args.rank or 4,
         ckpt=ckpt,
+        checkpointing=args.checkpointing,
         **options,
         **text_settings_of(args),
     )
     card = with_told(card_of(folder, names, ckpt, options, args), model)
     if args.lora_ckpt is not None:
         start_from(model, args.lora_ckpt, card)
-    recipe = Recipe(
-        base_lr=args.base_lr,
-        batch_size=args.batch_size,
-        max_epochs=args.max_epochs,
-        stop_epoch=args.stop_epoch,
-        warmup_period=args.warmup_period if args.warmup else 0,
-        adamw=args.AdamW,
-        weight_decay=args.weight_decay,
-        dice_param=args.dice_param,
-        loss_resolution=args.loss_resolution,
-        alignment_weight=args.alignment_weight or 0.0,
-        deep_weight=args.deep_weight or 0.0,
-        seed=args.seed,
-        deterministic=bool(args.deterministic),
-        num_workers=default_workers(device.type) if args.num_workers is None else args.num_workers,
-    )
     reader = None
     if store is not None:
         encoder = None if args.text_lora else args.text_encoder
         reader = SliceTextReader(store, encoder=encoder, dim=text_dim(model), allow_missing=args.allow_missing_text)
         dataset.texts, dataset.missing_text = reader.read(dataset.names), reader.missing
-    run = RunFolder(args.output)
-    write_provenance(run, ["python", "train.py", *(argv if argv is not None else sys.argv[1:])], jsonable(args), recipe, card, model)
-    run.log(trainable_report(model))
+    validation = Validation(held_out, card, world, texts=reader) if held_out is not None else None
+    recipe = recipe_of(args, world.device.type)
+    command, again = commands(argv, world)
+    state, warning = newest_state(args.output) if resuming else (None, None)
+    for turn in (True, False):
+        if turn == world.is_main:
+            run = RunFolder(args.output, resume=args.resume is not None or not world.is_main)
+        world.barrier()  # behind it, all have read the state
+    if world.is_main and args.resume is not None:
+        run.clear_up(fell_back=warning is not None)
+    trainer = Trainer(model, dataset, recipe, run, card, world, validate=validation, flags=jsonable(args), again=again)
+    trainer.require_space()
+    if state is not None:
+        trainer.go_on_from(state, args.output)
+    if world.is_main:
+        listed = {
+            "train_list": folder.list_file,
+            "val_list": args.val_list and Path(args.val_list),
+            "manifest": folder.files.parent / "manifest.json",
+        }
+        write_provenance(run, command, jsonable(args), recipe, card, model, listed)
+    for line in (
+        f"--resume auto: {args.output} holds no training state; a fresh start" if args.resume is not None and not resuming else None,
+        warning,
+        trainable_report(model),
+        *texts_report(model, reader, len(names)),
+        *label_warning(store),
+        *(validation.describe() if validation else ()),
+    ):
+        if line is not None:
+            trainer.say(line)
+    trainer.fit()
+
+
+def recipe_of(args: argparse.Namespace, device_type: str) -> "Recipe":
+    """The recipe that the flags name."""
+    from pgsam.engine.train import Recipe, default_workers
+
+    same: tuple[str, ...] = (
+        "base_lr",
+        "batch_size",
+        "max_epochs",
+        "stop_epoch",
+        "weight_decay",
+        "dice_param",
+        "loss_resolution",
+        "seed",
+        "dice_reduction",
+        "amp",
+    )
+    same += ("grad_accum", "grad_clip", "compile", "channels_last", "save_interval", "shard")
+    return Recipe(
+        **{name: getattr(args, name) for name in same},
+        warmup_period=args.warmup_period if args.warmup else 0,
+        adamw=args.AdamW,
+        alignment_weight=args.alignment_weight or 0.0,
+        deep_weight=args.deep_weight or 0.0,
+        deterministic=bool(args.deterministic),
+        val_interval=args.val_interval or 1,
+        patience=args.patience,
+        num_workers=default_workers(device_type) if args.num_workers is None else args.num_workers,
+    )
+
+
+def texts_report(model: "SliceModel", reader: "SliceTextReader | None", num_classes: int) -> list[str]:
+    """Lines on what the model is told."""
+    from pgsam.models.pg_sam import PGSam
+
+    lines = []
     if isinstance(model, PGSam) and model.told is not None:
-        run.log(f"reports on {len(model.told.reports)} of {len(names)} organs, read by {model.told.encoder}")
+        lines.append(f"reports on {len(model.told.reports)} of {num_classes} organs, read by {model.told.encoder}")
     if reader is not None:
-        run.log(reader.summary())
-    if store is not None and store.saw_labels:
-        run.log("NOTE: some reports were made from labels; a model that is tested without such has learned to lean on what it will not get")
-    train(model, dataset, recipe, run, card, device)
-    return 0
+        lines.append(reader.summary())
+    return lines
+
+
+def label_warning(store: "SliceReports | None") -> list[str]:
+    """A line for reports that were made from labels."""
+    if store is None or not store.saw_labels:
+        return []
+    return ["NOTE: some reports were made from labels; a model that is tested without such has learned to lean on what it will not get"]
 
 
 if __name__ == "__main__":

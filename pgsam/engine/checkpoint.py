@@ -36,7 +36,8 @@ SAMED_IMG_SIZE, SAMED_INPUT_SIZE = 512, 224  # what SAMed's files were trained w
 def trained_state(model: nn.Module, *, everything: bool = False) -> dict[str, Tensor]:
     """The tensors that a SAM file does not give back, on the CPU: all but the frozen parameters, of which those that the model keeps stay in.
 
-    With `everything` all tensors, but for what comes from a text encoder's own files.
+    With `everything` all tensors, but for what comes from a text encoder's own files. What is spread over processes is gathered: then all of them
+    must call this.
     """
     kept, foreign = tuple(getattr(model, "kept", ())), tuple(getattr(model, "foreign", ()))
     left = {
@@ -45,15 +46,20 @@ def trained_state(model: nn.Module, *, everything: bool = False) -> dict[str, Te
         if not p.requires_grad and (name.startswith(foreign) if everything else not name.startswith(kept) or name.startswith(foreign))
     }
     left |= {name for name, _ in model.named_buffers() if name.startswith(foreign)}
-    return {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items() if name not in left}
+    return {name: _gathered(value.detach()).cpu().contiguous() for name, value in model.state_dict().items() if name not in left}
 
 
-def save_release(path: str | Path, model: nn.Module, card: ModelCard) -> None:
-    """Writes a release file; see the module's first lines."""
+def _gathered(value: Tensor) -> Tensor:
+    """The whole of a tensor of which each process has a part (torch.distributed.tensor.DTensor); any other as it is."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def save_release(path: str | Path, model: nn.Module, card: ModelCard, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Writes a release file; see the module's first lines. `tensors` are the model's, where they have been gathered already."""
     card = dataclasses.replace(card, git_commit=git_commit())
-    tensors = trained_state(model, everything=card.sam_sha256 is None)
+    held = dict(trained_state(model, everything=card.sam_sha256 is None) if tensors is None else tensors)
     with replacing(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata={METADATA_KEY: card.to_json()}))  # save_file lets only its owner read it
+        temporary.write_bytes(save(held, metadata={METADATA_KEY: card.to_json()}))  # save_file lets only its owner read it
 
 
 def read_card(path: str | Path) -> ModelCard:
@@ -279,15 +285,20 @@ def save_training_state(folder: str | Path, state: Mapping[str, Any]) -> None:
     with replacing(last) as temporary:
         try:
             torch.save(dict(state), temporary)
-        except RuntimeError as error:  # torch's way to say that the disk is full
-            raise UserError(f"{last}: cannot be written ({error}); check the free space") from error
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):  # torch raises a worker's death wherever the training process is
+                raise
+            raise UserError(f"{last}: cannot be written ({error}); check the free space") from error  # torch's way to say that the disk is full
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # a disk that is full may say so only now; until then nothing is moved
         if last.exists():
             os.replace(last, previous)
 
 
 def load_training_state(path: str | Path) -> dict[str, Any]:
     """Reads a training state, plain types and tensors only."""
-    require_file(Path(path), "a training state")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: expected a training state, found no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file, and all mean the same to the user

@@ -1,7 +1,10 @@
 """The text log of a training or a test: lines on stdout, and in a file with SAMed's time stamp."""
 
+import sys
 from datetime import datetime
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 class Log:
@@ -12,7 +15,8 @@ class Log:
         self.path = path
 
     def __call__(self, message: str) -> None:  # noqa: D102
-        print(message, flush=True)
+        tqdm.write(message, file=sys.stdout)  # above a progress bar, where there is one
+        sys.stdout.flush()
         stamp = datetime.now().strftime("%H:%M:%S.%f")[:-3]
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(f"[{stamp}] {line}\n" for line in message.splitlines())

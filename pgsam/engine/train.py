@@ -1,46 +1,61 @@
-"""The training loop and its run folder.
+"""The training loop.
 
 The recipe of SAMed's trainer (arXiv 2304.13785; spec section 2): AdamW or SGD over the trained parameters, warm-up and polynomial decay by the
-step, cross-entropy and Dice at low resolution. A run folder holds `config.json`, `command.txt`, `env.json`, `log.txt`, `history.csv`,
-`tensorboard/`, the training state `last.pt` (with `prev.pt` behind it) and, at the end, `final.safetensors`.
+step, cross-entropy and Dice at low resolution. A run can be ended at any moment and goes on as if nothing had happened: what a step does depends
+on the seed, the place in the epoch and the state that is saved, and on nothing else (with the same number of processes, bit for bit on a CPU).
 """
 
-import csv
 import dataclasses
-import json
+import errno
 import os
 import random
 import shlex
+import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-from datasets.slices import EpochSampler, SliceDataset
+from datasets.order import MicroBatch, UpdateSampler
+from datasets.slices import SliceDataset
+from datasets.workers import WatchedSlices
+from pgsam.engine.board import write_validation
 from pgsam.engine.checkpoint import save_release, save_training_state, trained_state
+from pgsam.engine.continuity import bytes_of, data_mark, differences, not_deterministic, peak_memory_gib, require_space, rng_state, set_rng_state
 from pgsam.engine.device import environment
-from pgsam.engine.log import Log
+from pgsam.engine.distributed import World, shard_frozen, whole
+from pgsam.engine.interruption import Interrupted, Interruption
 from pgsam.engine.predict import texts_to
+from pgsam.engine.run_folder import RunFolder
 from pgsam.engine.schedule import learning_rate
+from pgsam.engine.validate import Validation, describe_validation
 from pgsam.errors import UserError
-from pgsam.losses import SegmentationLoss
+from pgsam.losses import SegmentationLoss, Share
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
+from pgsam.sam.weights import sha256_of
 from pgsam.tuning.trainable import trainable_count
 
+STATE_FORMAT = 2
+SAVE_SECONDS = 600.0  # between training states, where no number of steps is asked for
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOG_INTERVAL = 50  # steps between lines of the log, and between looks at the loss: each look waits for the device
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the names are those of train.py's flags."""
+    """How to train; the names are those of train.py's flags. `batch_size` is that of a micro-batch of one process."""
 
     base_lr: float = 0.005
     batch_size: int = 12
@@ -56,44 +71,16 @@ class Recipe:
     seed: int = 1234
     deterministic: bool = True
     num_workers: int = 0
-
-
-class RunFolder:
-    """The folder of one training run.
-
-    Raises:
-        UserError: the folder is not empty, or cannot be made.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.check_free(self.path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be made ({error}); give another --output") from error
-        self.log = Log(self.path / "log.txt")
-
-    @staticmethod
-    def check_free(path: str | Path) -> None:
-        """Raises a UserError if `path` is a file or a folder in use."""
-        path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path}: expected a new or empty folder for this run, found one in use; give another --output")
-
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Writes a JSON file in the folder."""
-        (self.path / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-    def add_history(self, row: Mapping[str, Any]) -> None:
-        """Appends a row to `history.csv`, with a header before the first."""
-        path = self.path / "history.csv"
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    dice_reduction: str = "batch"
+    amp: str = "off"
+    grad_accum: int = 1
+    grad_clip: float | None = None
+    compile: bool = False
+    channels_last: bool = False
+    save_interval: int | None = None
+    val_interval: int = 1
+    patience: int | None = None
+    shard: bool = False
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -118,115 +105,519 @@ def build_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch
     """AdamW (weight decay 0.1) or SGD (momentum 0.9, weight decay 1e-4), SAMed's settings."""
     if recipe.adamw:
         decay = 0.1 if recipe.weight_decay is None else recipe.weight_decay
-        return torch.optim.AdamW(parameters, lr=recipe.base_lr, betas=(0.9, 0.999), weight_decay=decay)
+        parameters = list(parameters)
+        fused = all(p.is_cuda for p in parameters)
+        return torch.optim.AdamW(parameters, lr=recipe.base_lr, betas=(0.9, 0.999), weight_decay=decay, fused=fused or None)
     decay = 1e-4 if recipe.weight_decay is None else recipe.weight_decay
     return torch.optim.SGD(parameters, lr=recipe.base_lr, momentum=0.9, weight_decay=decay)
 
 
-class Meter:
-    """Means of the loss and its parts since the last reset, summed on the device; reading them waits for it."""
+# What of the recipe may differ between the start of a run and its continuation: how long it trains, how it is watched, and how the machine does it.
+# Other sizes of a batch are there for another number of processes: the slices come in the same order.
+FREE = ("stop_epoch", "num_workers", "compile", "save_interval", "val_interval", "patience", "batch_size", "grad_accum", "deterministic", "shard")
+# As flags of train.py, besides: places, of which the content is compared in the model card or by `data_mark`, and what the card says anyway.
+PLACES = ("config", "resume", "output", "root_path", "prepared", "list_dir", "val_list", "ckpt", "lora_ckpt", "text_encoder", "reports")
+FREE_FLAGS = (*FREE, *PLACES, "allow_overlap", "num_classes", "dataset", "device", "checkpointing")
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-        self.cases: list[Sequence[str]] = []
 
-    def add(self, values: Mapping[str, Tensor], cases: Sequence[str]) -> None:
-        """Adds the values of one step and remembers its cases."""
+@dataclass
+class Means:
+    """Running means of the loss and its parts, exact through a save."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Adds the values of one update."""
         for name, value in values.items():
-            value = value.detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
-        self.cases.append(cases)
 
     def read(self) -> dict[str, float]:
-        """The means; a UserError names the cases since the last reset if any value was not finite."""
-        means = {name: float(value) / self.count for name, value in self.sums.items()}
-        if not all(np.isfinite(value) for value in means.values()):
-            cases = sorted({case for batch in self.cases for case in batch})
-            parts = ", ".join(f"{name} {value}" for name, value in means.items())
-            raise UserError(
-                f"the loss is not finite ({parts}) within the last {self.count} steps, on {', '.join(cases[:8])}"
-                f"{' ...' if len(cases) > 8 else ''}; look at these cases, lower --base_lr or use --warmup; last.pt holds the last whole epoch"
-            )
-        return means
+        """The means of what was added."""
+        return {name: value / self.count for name, value in self.sums.items()}
 
 
-def require_finite(model: SliceModel, epoch: int) -> None:
-    """Raises a UserError if a trained weight is not finite, so that no training state holds one (the loss is looked at before each step)."""
+def require_finite(model: nn.Module, step: int) -> None:
+    """Raises a UserError if a trained weight is not finite, so that no training state holds one."""
     broken = [name for name, p in model.named_parameters() if p.requires_grad and not bool(p.isfinite().all())]
     if broken:
         raise UserError(
-            f"after epoch {epoch}, {len(broken)} of the trained tensors are not finite ({', '.join(broken[:3])}); lower --base_lr or use --warmup; "
-            "last.pt holds the epoch before, if there was one"
+            f"after step {step}, {len(broken)} of the trained tensors are not finite ({', '.join(broken[:3])}); lower --base_lr or use --warmup; "
+            "last.pt holds the state before, if there was one"
         )
 
 
-def train(
-    model: SliceModel,
-    dataset: SliceDataset,
-    recipe: Recipe,
-    run: RunFolder,
-    card: ModelCard,
-    device: torch.device,
-) -> Path:
-    """Trains `model` and returns the path of `final.safetensors`.
+class Trainer:
+    """Trains a model on slices.
 
-    The order of the slices and their augmentation depend on `recipe.seed`, the epoch and the index only.
-
-    Raises:
-        UserError: a slice is damaged, or the loss is not finite; `last.pt` then holds the last whole epoch.
+    Args:
+        model: with the parameters that are not trained frozen.
+        dataset: the training slices.
+        recipe: see `Recipe`.
+        run: where everything is written, by the first process.
+        card: of the release files.
+        world: the processes that train together.
+        validate: called by every process every `recipe.val_interval` epochs; what it gives goes into `history.csv`, and `best.safetensors` is
+            the model with the largest `val_dsc`, the earliest of equals.
+        flags: the values of all flags of the command line; a run goes on with the flags it was started with, but for those in `FREE_FLAGS`.
+        again: the command that goes on with the run, for the last line of one that a signal ended.
     """
-    model.to(device).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(parameters, recipe)
-    criterion = SegmentationLoss(recipe.dice_param, recipe.loss_resolution, alignment_weight=recipe.alignment_weight, deep_weight=recipe.deep_weight)
-    sampler = EpochSampler(len(dataset), recipe.seed)
-    loader = DataLoader(
-        dataset,
-        batch_size=recipe.batch_size,
-        sampler=sampler,
-        num_workers=recipe.num_workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=recipe.num_workers > 0,  # the sampler tells them the epoch
-        generator=torch.Generator().manual_seed(recipe.seed),  # or the loader draws from the model's, once an epoch or once ever
-    )
-    total_steps = recipe.max_epochs * len(loader)
-    run.write_json("env.json", environment(device))
-    run.log(f"{len(dataset)} slices of {len(dataset.folder.cases())} cases, {len(loader)} steps an epoch, {recipe.stop_epoch} epochs on {device}")
-    step = 0
-    with SummaryWriter(str(run.path / "tensorboard")) as board:
-        for epoch in range(recipe.stop_epoch):
-            started = time.perf_counter()
-            sampler.set_epoch(epoch)
-            meter, recent = Meter(), Meter()
-            for batch in _batches(loader):
-                rate = learning_rate(step, base_lr=recipe.base_lr, total_steps=total_steps, warmup_steps=recipe.warmup_period)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                values = _step(model, batch, criterion, optimizer, device)
-                meter.add(values, batch["case"])
-                recent.add(values, batch["case"])
-                step += 1
-                if step % LOG_INTERVAL == 0:
-                    means = recent.read()
-                    run.log(f"iteration {step} : " + ", ".join(f"{name} : {value:f}" for name, value in means.items()))
-                    for name, value in {"lr": rate, **means}.items():
-                        board.add_scalar(f"info/{name}", value, step)
-                    recent = Meter()
-            means = meter.read()
-            require_finite(model, epoch + 1)
-            seconds = time.perf_counter() - started
-            throughput = len(dataset) / seconds
-            run.log(f"epoch {epoch + 1}/{recipe.stop_epoch} : loss {means['loss']:.4f}, lr {rate:.2e}, {throughput:.1f} slices/s")
-            history = {"epoch": epoch + 1, "step": step, "lr": rate, **means, "seconds": round(seconds, 3)}
-            run.add_history(history)
-            board.add_scalar("info/slices_per_second", throughput, step)
-            _save_state(run, model, optimizer, card, epoch + 1, step)
-    path = run.path / "final.safetensors"
-    save_release(path, model, card)
-    run.log(f"trained {recipe.stop_epoch} epochs; wrote {path}")
-    return path
+
+    def __init__(
+        self,
+        model: SliceModel,
+        dataset: SliceDataset,
+        recipe: Recipe,
+        run: RunFolder,
+        card: ModelCard,
+        world: World,
+        *,
+        validate: Validation | None = None,
+        flags: Mapping[str, Any] | None = None,
+        again: str = "the same command with --resume auto",
+    ) -> None:
+        self.model, self.dataset, self.recipe, self.run, self.card, self.world, self.validate = model, dataset, recipe, run, card, world, validate
+        model.to(world.device)
+        if recipe.channels_last:
+            for layer in model.modules():
+                if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                    layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.train()
+        self.optimizer = build_optimizer((p for p in model.parameters() if p.requires_grad), recipe)
+        self.criterion = SegmentationLoss(
+            recipe.dice_param,
+            recipe.loss_resolution,
+            alignment_weight=recipe.alignment_weight,
+            deep_weight=recipe.deep_weight,
+            dice_reduction=recipe.dice_reduction,
+        )
+        self.dtype = AMP[recipe.amp]
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "fp16")
+        self.sampler = UpdateSampler(
+            len(dataset), recipe.batch_size, recipe.seed, accumulate=recipe.grad_accum, rank=world.rank, world_size=world.size
+        )
+        self.watched = WatchedSlices(dataset, recipe.num_workers)
+        self.loader = DataLoader(
+            self.watched,
+            batch_sampler=self.sampler,
+            num_workers=recipe.num_workers,
+            worker_init_fn=self.watched.begin_worker,
+            pin_memory=world.device.type == "cuda",
+            persistent_workers=recipe.num_workers > 0,  # the sampler tells them the epoch
+            generator=torch.Generator().manual_seed(recipe.seed),  # or the loader draws from the model's, once an epoch or once ever
+        )
+        self.epoch = self.done = self.step = self.skipped = 0  # epochs, slices of the next one, updates, updates that fp16 skipped
+        self.epoch_means, self.recent = Means(), Means()
+        self.best: float | None = None
+        self.without_gain = 0
+        self.flags, self.again = dict(flags or {}), again
+        self._warned = not recipe.deterministic  # whether it was said which operations have no deterministic kernel
+        self._pending: list[tuple[dict[str, Any], dict[str, Tensor], list[str]]] = []
+        self._epoch_seconds = 0.0
+        self._saved = time.monotonic()
+
+    # --- one process among several --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def parallel(self) -> nn.Module:
+        """The model as it is called: with gradients averaged over processes, compiled. Made when it is first needed, with the weights of then."""
+        parallel = self.joint or self.model
+        return torch.compile(parallel) if self.recipe.compile else parallel  # type: ignore[return-value]
+
+    @cached_property
+    def joint(self) -> DistributedDataParallel | None:
+        """The model with its gradients averaged over processes; None for one process."""
+        if self.world.size == 1:
+            return None
+        never, sometimes = self.idle_parameters()
+        ignored = {*never, *(name for name, _ in self.model.named_buffers())}  # buffers are constants
+        if self.recipe.shard:
+            ignored |= {name for name, p in self.model.named_parameters() if not p.requires_grad}
+            shard_frozen(self.model.image_encoder.blocks, self.world)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, sorted(ignored))
+        devices = [self.world.device] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=bool(sometimes))
+
+    def idle_parameters(self) -> tuple[list[str], list[str]]:
+        """Trained parameters that no loss reaches, and those that some batches do not reach.
+
+        The first (SAM's point and mask prompts, its IoU head) are saved, and never change; the others come with reports on slices that a text
+        encoder reads at every step, and stand for those that are absent. Found by backward passes over the first slice, which leave no trace.
+        """
+        state = rng_state()
+        batch = default_collate([self.dataset[0, 0]])
+        words = isinstance(batch.get("text"), list)
+        idle = []
+        for told in ([""], ["a report"]) if words else (batch.get("text"),):
+            arguments, named = self._inputs(batch if told is None else {**batch, "text": told})
+            self.criterion(self.model(*arguments, **named), *self._labels(batch))[0].backward()
+            idle.append({name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None})
+            self.model.zero_grad(set_to_none=True)
+        set_rng_state(state)
+        never = set.intersection(*idle)
+        return sorted(never), sorted(set.union(*idle) - never)
+
+    # --- the loop -------------------------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Trains from where the trainer is to `recipe.stop_epoch` and writes `final.safetensors`.
+
+        Raises:
+            UserError: a slice is damaged, the loss is not finite, or the disk is full; the training state from before is then whole.
+            Interrupted: after SIGTERM or Ctrl-C, when the state is saved.
+        """
+        try:
+            self._fit()
+        except (RuntimeError, OSError, EOFError) as error:
+            line = self.watched.obituary(error)
+            if line is not None:
+                error.__traceback__ = None  # as in `_batches`
+            elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                # Of the log, the tables or TensorBoard; training states and release files say it themselves.
+                line = f"{self.run.path}: cannot be written ({error}); make room on the disk and go on with {self.again}"
+                if isinstance(error.__context__, UserError):  # what ended the training; the curves could not be closed after it
+                    line = str(error.__context__)
+            else:
+                raise
+        else:
+            return
+        raise UserError(line)
+
+    def _fit(self) -> None:
+        recipe, run = self.recipe, self.run
+        cases = len(self.dataset.folder.cases())
+        self.require_space()
+        if self.world.is_main:
+            run.write_json("env.json", {**environment(self.world.device), "world_size": self.world.size})
+        self.say(
+            f"{len(self.dataset)} slices of {cases} cases, {self.sampler.updates_per_epoch} steps an epoch, {recipe.stop_epoch} epochs "
+            f"on {self.world.device}" + (f", {self.world.size} processes" if self.world.size > 1 else "")
+        )
+        self._saved = time.monotonic()
+        if self.epoch >= recipe.stop_epoch:
+            self.say(f"nothing is left to train: {self.epoch} epochs are done, --stop_epoch is {recipe.stop_epoch}")
+        with Interruption() as interruption, self._workers_shielded(), self._open_board() as board:
+            while self.epoch < recipe.stop_epoch and not self._is_stale():
+                self._train_epoch(interruption, board)
+                self._end_epoch(interruption, board)
+                self._stop_if_asked(interruption)
+        self._release("final.safetensors")
+        self.say(f"trained {self.epoch} epochs; wrote {run.path / 'final.safetensors'}")
+
+    def say(self, message: str) -> None:
+        """A line in the log, once for all processes."""
+        if self.world.is_main:
+            self.run.log(message)
+
+    def _open_board(self) -> AbstractContextManager[SummaryWriter | None]:
+        if not self.world.is_main:
+            return nullcontext()
+        return SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.step + 1 if self.step else None)
+
+    @contextmanager
+    def _workers_shielded(self) -> Iterator[None]:
+        self.watched.shield(True)
+        try:
+            yield
+        finally:
+            self.watched.shield(False)
+
+    def _progress(self) -> tqdm:
+        """A bar on a terminal, nothing elsewhere."""
+        total, title = len(self.dataset), f"epoch {self.epoch + 1}/{self.recipe.stop_epoch}"
+        hidden = None if self.world.is_main else True  # None: hidden unless on a terminal
+        return tqdm(total=total, initial=self.done, desc=title, unit="slice", disable=hidden, leave=False, dynamic_ncols=True)
+
+    def require_space(self) -> None:
+        """Raises a UserError if what the run will write does not fit on the disk."""
+        if self.world.is_main:
+            require_space(self.run.path, self.bytes_to_write())
+
+    def bytes_to_write(self) -> int:
+        """What the run folder still needs on the disk, at most: three training states (one is being written) and the release files."""
+        parameters, buffers = list(self.model.parameters()), list(self.model.buffers())
+        trained = bytes_of(p for p in parameters if p.requires_grad)
+        release = bytes_of([*parameters, *buffers]) if self.card.sam_sha256 is None else trained + bytes_of(buffers)
+        moments = 2 if self.recipe.adamw else 1
+        present = sum(file.stat().st_size for file in self.run.path.glob("*") if file.suffix in (".pt", ".safetensors"))
+        return max(0, 3 * (release + moments * trained) + (1 if self.validate is None else 2) * release - present)
+
+    def _is_stale(self) -> bool:
+        return self.recipe.patience is not None and self.without_gain >= self.recipe.patience
+
+    def _train_epoch(self, interruption: Interruption, board: SummaryWriter | None) -> None:
+        started = time.perf_counter() - self._epoch_seconds
+        self.sampler.go_to(self.epoch, self.done)
+        with self._progress() as bar:
+            self._train_updates(interruption, board, bar, started)
+
+    def _train_updates(self, interruption: Interruption, board: SummaryWriter | None, bar: tqdm, started: float) -> None:
+        values: dict[str, Tensor] = {}
+        names: list[str] = []
+        for micro, batch in zip(self.sampler.plan(), _batches(self.loader), strict=True):
+            if not names:
+                self._set_rate()
+            losses = self._backward(batch, micro) if self._warned else self._first_backward(batch, micro)
+            for name, value in losses.items():
+                values[name] = values[name] + value if name in values else value
+            names += batch["case"]
+            if micro.end is None:
+                continue
+            self._apply()
+            bar.update(micro.end - self.done)
+            self.step, self.done = self.step + 1, micro.end
+            row = {"step": self.step, "epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
+            skipped = {"skipped": self.skipped} if self.scaler.is_enabled() else {}
+            self._pending.append((row | skipped, values, names))
+            values, names = {}, []
+            self._epoch_seconds = time.perf_counter() - started
+            if self.step % LOG_INTERVAL == 0:
+                self._read_losses()
+                self._say_recent(board)
+            if self.done < len(self.dataset):  # at the end of an epoch the state is saved anyway
+                self._save_if_due()
+                self._stop_if_asked(interruption)
+
+    def _set_rate(self) -> None:
+        updates = self.sampler.updates_per_epoch
+        position = self.epoch * updates + -(-self.done // self.sampler.update_size)  # the step's number, had every step been of this size
+        rate = learning_rate(
+            position, base_lr=self.recipe.base_lr, total_steps=self.recipe.max_epochs * updates, warmup_steps=self.recipe.warmup_period
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _inputs(self, batch: Mapping[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
+        device = self.world.device
+        images = batch["image"].to(device, non_blocking=True).expand(-1, 3, -1, -1)
+        if self.recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        told = {"text": texts_to(batch["text"], device)} if "text" in batch else {}
+        return (images,), {"upscale": self.criterion.resolution == "both", **told}
+
+    def _labels(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        device = self.world.device
+        return batch["low_res_label"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
+
+    def _backward(self, batch: Mapping[str, Any], micro: MicroBatch) -> dict[str, Tensor]:
+        """Adds the gradients of one micro-batch; returns what it adds to the loss of the update and its parts, to be summed over processes."""
+        share = Share(micro.n_own / micro.n_update, micro.n_all / micro.n_update, self.world.size, self.world.sum_with_gradient)
+        with self.joint.no_sync() if self.joint is not None and micro.end is None else nullcontext():
+            with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None):
+                arguments, named = self._inputs(batch)
+                outputs = self.parallel(*arguments, **named)
+            loss, parts = self.criterion(outputs, *self._labels(batch), share)
+            self.scaler.scale(loss).backward()
+        return {name: value.detach() / self.world.size for name, value in {"loss": loss, **parts}.items()}
+
+    def _first_backward(self, batch: Mapping[str, Any], micro: MicroBatch) -> dict[str, Tensor]:
+        """As `_backward`; says once which operations have no deterministic kernel here."""
+        self._warned = True
+        with not_deterministic() as names:
+            losses = self._backward(batch, micro)
+        if names:
+            self.say(f"NOTE: --deterministic: no deterministic kernel here for {', '.join(sorted(names))}; the same seed may give other weights")
+        return losses
+
+    def _apply(self) -> None:
+        """One update of the weights from the gradients that have come together."""
+        if self.recipe.grad_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), self.recipe.grad_clip)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.skipped += self.scaler.is_enabled() and self.scaler.get_scale() < scale
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # --- looking at the loss --------------------------------------------------------------------------------------------------------------
+
+    def _read_losses(self) -> None:
+        """Brings the losses of the last updates from the device, writes them down, and stops the run if one is not finite."""
+        if not self._pending:
+            return
+        names = list(self._pending[0][1])
+        table = self.world.sum(torch.stack([torch.stack([values[name].float() for name in names]) for _, values, _ in self._pending]))
+        rows: list[dict[str, Any]] = []
+        for (row, _, cases), numbers in zip(self._pending, table.tolist(), strict=True):
+            values = dict(zip(names, numbers, strict=True))
+            if not all(np.isfinite(number) for number in numbers):
+                everyone = sorted({case for own in self.world.gather(cases) for case in own})
+                parts = ", ".join(f"{name} {value}" for name, value in values.items())
+                if self.world.is_main:
+                    self.run.steps.add(rows)
+                raise UserError(
+                    f"the loss is not finite ({parts}) at step {row['step']}, on {', '.join(everyone[:12])}"
+                    f"{' ...' if len(everyone) > 12 else ''}; look at these cases, lower --base_lr or use --warmup; "
+                    f"{self.run.path / 'last.pt'} holds the state before, if there was one"
+                )
+            self.epoch_means.add(values)
+            self.recent.add(values)
+            rows.append({**row, **values})
+        if self.world.is_main:
+            self.run.steps.add(rows)
+        self._pending = []
+
+    def _say_recent(self, board: SummaryWriter | None) -> None:
+        means, self.recent = self.recent.read(), Means()
+        self.say(f"iteration {self.step} : " + ", ".join(f"{name} : {value:f}" for name, value in means.items()))
+        if board is not None:
+            for name, value in {"lr": self.optimizer.param_groups[0]["lr"], **means}.items():
+                board.add_scalar(f"info/{name}", value, self.step)
+
+    def _end_epoch(self, interruption: Interruption, board: SummaryWriter | None) -> None:
+        """Writes the epoch down, validates, and saves."""
+        self._read_losses()
+        validates = self.validate is not None and (self.epoch + 1) % self.recipe.val_interval == 0
+        if validates:  # takes a while and may fail; from this state a resumed run goes straight to it
+            self.save()
+            self._stop_if_asked(interruption)
+        means, rate, seconds = self.epoch_means.read(), self.optimizer.param_groups[0]["lr"], self._epoch_seconds
+        self.epoch, self.done, self.epoch_means, self._epoch_seconds = self.epoch + 1, 0, Means(), 0.0
+        throughput, memory = len(self.dataset) / max(seconds, 1e-9), peak_memory_gib(self.world.device)
+        said = f"loss {means['loss']:.4f}, lr {rate:.2e}, {throughput:.1f} slices/s" + (f", {memory:.2f} GiB" if memory else "")
+        self.say(f"epoch {self.epoch}/{self.recipe.stop_epoch} : {said}")
+        row: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "lr": rate, **means, "seconds": round(seconds, 3)}
+        if validates:
+            row |= self._validate(board)
+        if self.world.is_main:
+            self.run.history.add([row])
+        if board is not None:
+            board.add_scalar("info/slices_per_second", throughput, self.step)
+            if memory:
+                board.add_scalar("info/memory_gib", memory, self.step)
+        self.save()
+
+    def _validate(self, board: SummaryWriter | None) -> dict[str, float | None]:
+        assert self.validate is not None
+        generators = rng_state()
+        with whole(self.model):
+            found = self.validate(self.model, self.epoch)
+        set_rng_state(generators)
+        self.model.train()
+        value = found["val_dsc"]
+        assert value is not None  # there is a labelled organ, so there is a DSC
+        if self.best is None or value > self.best:
+            self.best, self.without_gain = value, 0
+            self._release("best.safetensors")
+        else:
+            self.without_gain += 1
+        self.say(f"validation after epoch {self.epoch} : {describe_validation(found)}, best {100 * self.best:.2f}")
+        if board is not None:
+            write_validation(board, found, self.validate.pictures, self.step)
+        if self._is_stale():
+            self.say(f"no gain in {self.without_gain} validations: the training ends (--patience)")
+        return found
+
+    # --- saving and going on --------------------------------------------------------------------------------------------------------------
+
+    def _save_if_due(self) -> None:
+        interval = self.recipe.save_interval
+        due = self.step % interval == 0 if interval else time.monotonic() - self._saved >= SAVE_SECONDS
+        if interval or self.world.size == 1:
+            if due:
+                self.save()
+        elif self.world.greatest(due)[0]:  # clocks differ, and all processes must take part
+            self.save()
+
+    def _stop_if_asked(self, interruption: Interruption) -> None:
+        (number,) = self.world.greatest(interruption.signal)
+        if number:
+            if self._pending or self.done:
+                self.save()
+            self.say(f"ended by {signal.Signals(number).name} after step {self.step}, the state is saved; go on with: {self.again}")
+            raise Interrupted(number)
+
+    def save(self) -> None:
+        """Writes `last.pt`, with the one before as `prev.pt`; the tables on the disk are then up to this step."""
+        self._read_losses()
+        require_finite(self.model, self.step)
+        generators, tensors = self.world.gather(rng_state()), self._tensors()
+        if self.world.is_main:
+            save_training_state(self.run.path, self.state(generators, tensors))
+        self._saved = time.monotonic()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What files hold of the model, in the first process; every process must take part, since none may have all of it."""
+        return trained_state(self.model, everything=self.card.sam_sha256 is None) if self.world.is_main or self.recipe.shard else {}
+
+    def _release(self, name: str) -> None:
+        """Writes a release file."""
+        tensors = self._tensors()
+        if self.world.is_main:
+            save_release(self.run.path / name, self.model, self.card, tensors)
+
+    def state(self, generators: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Everything that going on needs, as plain types and tensors."""
+        return {
+            "format": STATE_FORMAT,
+            "card": self.card.to_json(),
+            "recipe": dataclasses.asdict(self.recipe),
+            "flags": self.flags,
+            "data": data_mark(self.dataset),
+            "update_size": self.sampler.update_size,
+            "model": dict(tensors),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epochs_done": self.epoch,
+            "slices_done": self.done,
+            "step": self.step,
+            "skipped": self.skipped,
+            "epoch_seconds": self._epoch_seconds,
+            "epoch_means": dataclasses.asdict(self.epoch_means),
+            "recent": dataclasses.asdict(self.recent),
+            "best": self.best,
+            "without_gain": self.without_gain,
+            "validated_on": list(self.validate.names) if self.validate is not None else [],
+            "generators": [dict(state) for state in generators],
+        }
+
+    def go_on_from(self, state: Mapping[str, Any], source: str) -> None:
+        """Takes up a state that `save` wrote; the tables of the run folder are cut back to it.
+
+        Raises:
+            UserError: the state is of another model, recipe or training set; the message names the flags, with both values.
+        """
+        self._refuse_other(state, source)
+        self.model.load_state_dict(state["model"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.done, self.step, self.skipped = (state[name] for name in ("epochs_done", "slices_done", "step", "skipped"))
+        self.epoch_means, self.recent = Means(**state["epoch_means"]), Means(**state["recent"])
+        self.best, self.without_gain, self._epoch_seconds = state["best"], state["without_gain"], state["epoch_seconds"]
+        if self.world.rank < len(state["generators"]):
+            set_rng_state(state["generators"][self.world.rank])
+        if self.world.is_main:
+            self.run.steps.cut_back("step", self.step)
+            self.run.history.cut_back("epoch", self.epoch)
+        if self.best is not None and self.validate is not None and list(self.validate.names) != state.get("validated_on"):
+            self.best, self.without_gain = None, 0
+            self.say("NOTE: other validation cases than before: best.safetensors is chosen anew")
+        self.say(f"going on from {source}: {self.epoch} epochs and {self.done} slices, {self.step} steps")
+        if state["update_size"] != self.sampler.update_size:
+            self.say(f"NOTE: an update now takes {self.sampler.update_size} slices, before {state['update_size']}: the same slices in the same order")
+
+    def _refuse_other(self, state: Mapping[str, Any], source: str) -> None:
+        if state.get("format") != STATE_FORMAT:
+            raise UserError(f"{source}: expected a training state of format {STATE_FORMAT}, found {state.get('format')}; start the run again")
+        before, now = (dataclasses.asdict(card) for card in (ModelCard.from_json(state["card"], source), self.card))
+        other = [f"--{line}" for line in differences(state["flags"], self.flags, FREE_FLAGS)] if self.flags and state["flags"] else []
+        other = other or differences(state["recipe"], dataclasses.asdict(self.recipe), FREE)
+        other = other or differences(before, now, ("git_commit",))
+        if not other and state["data"] != data_mark(self.dataset):
+            other = [f"a list of {state['data']['slices']} training slices, now another of {len(self.dataset)}"]
+        if other:
+            raise UserError(
+                f"{source}: the run was started with {'; '.join(other)}: expected the same flags and data to go on; give those, or another --output "
+                "for a new run"
+            )
+        trained = trained_state(self.model, everything=self.card.sam_sha256 is None)
+        strange = sorted(trained.keys() ^ state["model"].keys()) or [k for k, v in trained.items() if v.shape != state["model"][k].shape]
+        if strange:
+            raise UserError(
+                f"{source}: expected the tensors of this model, found others: {', '.join(strange[:5])}; give the flags it was started with"
+            )
 
 
 def _batches(loader: DataLoader) -> Iterable[dict[str, Any]]:
@@ -243,39 +634,23 @@ def _batches(loader: DataLoader) -> Iterable[dict[str, Any]]:
     raise UserError(message)
 
 
-def _step(
-    model: nn.Module, batch: Mapping[str, Any], criterion: SegmentationLoss, optimizer: torch.optim.Optimizer, device: torch.device
-) -> dict[str, Tensor]:
-    images = batch["image"].to(device, non_blocking=True).expand(-1, 3, -1, -1)
-    low_res_label = batch["low_res_label"].to(device, non_blocking=True)
-    label = batch["label"].to(device, non_blocking=True)
-    told = {"text": texts_to(batch["text"], device)} if "text" in batch else {}
-    outputs = model(images, upscale=criterion.resolution == "both", **told)
-    loss, parts = criterion(outputs, low_res_label, label)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return {"loss": loss, **parts}
+def write_provenance(
+    run: RunFolder,
+    command: Sequence[str],
+    settings: Mapping[str, Any],
+    recipe: Recipe,
+    card: ModelCard,
+    model: nn.Module,
+    data: Mapping[str, Path | None] | None = None,
+) -> None:
+    """Adds a line to `command.txt`, which has one a start of the run, and writes `config.json`, with the sha256 of the files that name the data.
 
-
-def _save_state(run: RunFolder, model: nn.Module, optimizer: torch.optim.Optimizer, card: ModelCard, epochs: int, step: int) -> None:
-    save_training_state(
-        run.path,
-        {
-            "format": 1,
-            "card": card.to_json(),
-            "model": trained_state(model, everything=card.sam_sha256 is None),
-            "optimizer": optimizer.state_dict(),
-            "epochs_done": epochs,
-            "step": step,
-            "torch_rng": torch.get_rng_state(),
-        },
-    )
-
-
-def write_provenance(run: RunFolder, command: Sequence[str], settings: Mapping[str, Any], recipe: Recipe, card: ModelCard, model: nn.Module) -> None:
-    """Writes `command.txt` and `config.json`."""
-    (run.path / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
+    Args:
+        data: the files by what they are (`train_list`, `val_list`, `manifest`); None and absent ones have no sha256.
+    """
+    with (run.path / "command.txt").open("a", encoding="utf-8") as file:
+        file.write(shlex.join(command) + "\n")
+    found = {name: {"file": str(path), "sha256": sha256_of(path)} if path and path.is_file() else None for name, path in (data or {}).items()}
     run.write_json(
         "config.json",
         {
@@ -283,5 +658,6 @@ def write_provenance(run: RunFolder, command: Sequence[str], settings: Mapping[s
             "recipe": dataclasses.asdict(recipe),
             "model": dataclasses.asdict(card),
             "trainable_parameters": trainable_count(model),
+            "data": found,
         },
     )

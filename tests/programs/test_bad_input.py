@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from datasets.slices import EpochSampler
+from datasets.order import UpdateSampler
 from pgsam import build_model
 from pgsam.engine.checkpoint import load_training_state
 from pgsam.models.samed import to_samed_state
@@ -298,14 +298,14 @@ BAD_PIXELS = {
 def test_a_slice_that_goes_bad_leaves_the_last_checkpoint(train, data, tmp_path, monkeypatch, way):
     damage, said = BAD_PIXELS[way]
     path, run = data / "train_npz" / f"{CASE}.npz", tmp_path / "run"
-    set_epoch = EpochSampler.set_epoch
+    go_to = UpdateSampler.go_to
 
-    def set_epoch_and_damage(sampler, epoch):
+    def go_to_and_damage(sampler, epoch, start=0):
         if epoch == 1:
             damage(path)
-        set_epoch(sampler, epoch)
+        go_to(sampler, epoch, start)
 
-    monkeypatch.setattr(EpochSampler, "set_epoch", set_epoch_and_damage)
+    monkeypatch.setattr(UpdateSampler, "go_to", go_to_and_damage)
     train("--batch_size", 2).refused(path, CASE, said)
     state = load_training_state(run / "last.pt")
     assert (state["epochs_done"], state["step"]) == (1, 3)
@@ -679,7 +679,10 @@ def test_a_bad_config_file(call, content, said, tmp_path):
 
 
 @pytest.mark.parametrize(("program", "flags"), [("train", ["--root_path", "a", "--output", "b"]), ("test", ["--checkpoint", "c.safetensors"])])
-def test_several_processes_are_refused_until_they_work(program, flags, monkeypatch, capsys):
+def test_several_processes_that_nobody_started(program, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.safetensors").write_bytes(b"")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
     assert importlib.import_module(program).main(flags) == 2
-    assert capsys.readouterr().err.startswith("error: WORLD_SIZE 2: expected one process")
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE=2: expected torchrun's")

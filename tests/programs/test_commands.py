@@ -79,7 +79,8 @@ def published_labels(model, volume, input_size):
 
 
 def test_training_leaves_a_complete_run_folder(trained, prepared):
-    expected = {"config.json", "command.txt", "env.json", "log.txt", "history.csv", "tensorboard", "last.pt", "prev.pt", "final.safetensors"}
+    expected = {"config.json", "command.txt", "env.json", "log.txt", "steps.csv", "history.csv", "tensorboard", "last.pt", "prev.pt"}
+    expected |= {"final.safetensors"}
     assert {path.name for path in trained.iterdir()} == expected
     rows = history(trained)
     assert [(int(row["epoch"]), int(row["step"])) for row in rows] == [(epoch, 5 * epoch) for epoch in range(1, 13)]  # 30 slices by 6

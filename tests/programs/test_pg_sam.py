@@ -109,9 +109,9 @@ def train_and_listen(folder: Path, *flags: object) -> Run:
     heard: list[Tensor] = []
     write = importlib.import_module("pgsam.engine.train").save_release
 
-    def listen(path: Path, model: SliceModel, card: ModelCard) -> None:
+    def listen(path: Path, model: SliceModel, card: ModelCard, *gathered: Any) -> None:
         heard.extend(say(model))
-        write(path, model, card)
+        write(path, model, card, *gathered)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pgsam.engine.train.save_release", listen)

@@ -19,13 +19,16 @@ from torch import nn
 
 from datasets.augment import no_augmentation
 from datasets.layout import DataFolder
-from datasets.slices import EpochSampler, SliceDataset
+from datasets.order import MicroBatch, UpdateSampler
+from datasets.slices import SliceDataset
 from pgsam import build_model, load_model
 from pgsam.engine import train as module
 from pgsam.engine.checkpoint import load_training_state, read_card
 from pgsam.engine.device import pick_device
+from pgsam.engine.distributed import World
+from pgsam.engine.run_folder import RunFolder
 from pgsam.engine.schedule import learning_rate
-from pgsam.engine.train import Meter, Recipe, RunFolder, build_optimizer, default_workers, seed_everything, train, write_provenance
+from pgsam.engine.train import Means, Recipe, Trainer, build_optimizer, default_workers, seed_everything, write_provenance
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
@@ -95,9 +98,14 @@ def dataset(folder: DataFolder, seed: int = 7, **options: Any) -> SliceDataset:
     return SliceDataset(folder, num_classes=2, img_size=SIZE, input_size=SIZE, seed=seed, **options)
 
 
+def train(model: SliceModel, data: SliceDataset, recipe: Recipe, run: RunFolder, card: ModelCard, device: torch.device = CPU) -> Path:
+    Trainer(model, data, recipe, run, card, World(device=device)).fit()
+    return run.path / "final.safetensors"
+
+
 def run(path: Path, folder: DataFolder, seed: int = 7, card: ModelCard = CARD, **changes: Any) -> dict[str, torch.Tensor]:
     recipe = dataclasses.replace(RECIPE, seed=seed, **changes)
-    return load_file(train(start(seed), dataset(folder, seed), recipe, RunFolder(path), card, CPU))
+    return load_file(train(start(seed), dataset(folder, seed), recipe, RunFolder(path), card))
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -120,9 +128,14 @@ def history(path: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
+def steps(path: Path) -> list[dict[str, str]]:
+    with (path / "steps.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def test_what_is_in_the_run_folder(finished: Path) -> None:
     found = {path.name for path in finished.iterdir()}
-    assert found == {"env.json", "log.txt", "history.csv", "tensorboard", "last.pt", "prev.pt", "final.safetensors"}
+    assert found == {"env.json", "log.txt", "steps.csv", "history.csv", "tensorboard", "last.pt", "prev.pt", "final.safetensors"}
     assert torch.__version__.startswith(json.loads((finished / "env.json").read_text())["packages"]["torch"])
     lines = (finished / "log.txt").read_text().splitlines()
     assert all(re.match(r"\[\d\d:\d\d:\d\d\.\d{3}\] ", line) for line in lines)
@@ -270,14 +283,13 @@ def test_optimisers_have_the_published_settings() -> None:
 def test_the_rate_of_every_step_is_the_schedules(folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adamw: bool) -> None:
     rates, kinds = [], set()
 
-    def watched(*arguments: Any) -> Any:
-        optimizer = arguments[3]
-        rates.append({group["lr"] for group in optimizer.param_groups})
-        kinds.add(type(optimizer))
-        return step(*arguments)
+    def watched(trainer: Trainer) -> None:
+        rates.append({group["lr"] for group in trainer.optimizer.param_groups})
+        kinds.add(type(trainer.optimizer))
+        apply(trainer)
 
-    step = module._step
-    monkeypatch.setattr(module, "_step", watched)
+    apply = Trainer._apply
+    monkeypatch.setattr(Trainer, "_apply", watched)
     run(tmp_path / "run", folder, adamw=adamw)
     assert rates == [{learning_rate(i, base_lr=1e-3, total_steps=8, warmup_steps=3)} for i in range(4)]  # of 4 epochs, 2 are run
     assert kinds == {torch.optim.AdamW if adamw else torch.optim.SGD}
@@ -286,19 +298,18 @@ def test_the_rate_of_every_step_is_the_schedules(folder: DataFolder, tmp_path: P
 def test_every_epoch_has_its_own_order_and_augmentation(folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, bytes]] = []
 
-    def watched(*arguments: Any) -> Any:
-        batch = arguments[1]
+    def watched(trainer: Trainer, batch: dict, micro: MicroBatch) -> Any:
         seen.extend((case, image.numpy().tobytes()) for case, image in zip(batch["case"], batch["image"], strict=True))
-        return step(*arguments)
+        return backward(trainer, batch, micro)
 
-    step = module._step
-    monkeypatch.setattr(module, "_step", watched)
+    backward = Trainer._backward
+    monkeypatch.setattr(Trainer, "_backward", watched)
     run(tmp_path / "run", folder)
     first, second = seen[:6], seen[6:]
     for epoch, samples in enumerate((first, second)):
-        sampler = EpochSampler(6, RECIPE.seed)
-        sampler.set_epoch(epoch)
-        assert [case for case, _ in samples] == [folder.names[index] for _, index in sampler]
+        sampler = UpdateSampler(6, 3, RECIPE.seed)
+        sampler.go_to(epoch)
+        assert [case for case, _ in samples] == [folder.names[index] for keys in sampler for _, index in keys]
     assert [case for case, _ in first] != [case for case, _ in second]
     assert len(set(first) & set(second)) < 5
 
@@ -318,11 +329,15 @@ def test_seeds() -> None:
     assert draw() != first
 
 
-def test_the_meter_means() -> None:
-    meter = Meter()
+def test_the_means() -> None:
+    means = Means()
     for value in (1.0, 2.0, 6.0):
-        meter.add({"loss": torch.tensor(value, requires_grad=True)}, ["a"])
-    assert meter.read() == {"loss": 3.0}
+        means.add({"loss": value})
+    assert means.read() == {"loss": 3.0}
+    again = Means(**dataclasses.asdict(means))  # as through a training state
+    again.add({"loss": 7.0})
+    assert again.read() == {"loss": 4.0}
+    assert means.read() == {"loss": 3.0}
 
 
 def test_devices() -> None:
@@ -342,7 +357,10 @@ def test_a_loss_that_is_not_finite_names_the_cases(folder: DataFolder, tmp_path:
     with pytest.raises(UserError, match=r"the loss is not finite \(loss \S+, ce \S+, dice \S+\)") as error:
         run(tmp_path / "run", folder, base_lr=1e30, warmup_period=0)
     message = str(error.value)
-    assert all(name in message for name in folder.names)
+    sampler = UpdateSampler(6, 3, RECIPE.seed)
+    _, second = [{folder.names[index] for _, index in keys} for keys in sampler]
+    assert {name for name in folder.names if name in message} == second  # the first batch's loss was that of the start
+    assert "at step 2" in message
     assert "lower --base_lr" in message
     assert "\n" not in message
     assert not (tmp_path / "run" / "final.safetensors").exists()
@@ -351,7 +369,7 @@ def test_a_loss_that_is_not_finite_names_the_cases(folder: DataFolder, tmp_path:
 
 def test_the_last_whole_epoch_is_kept(folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "learning_rate", lambda step, **_: 1e-3 if step < 2 else 1e30)
-    with pytest.raises(UserError, match=r"last\.pt holds the last whole epoch"):
+    with pytest.raises(UserError, match=r"at step 4, .*last\.pt holds the state before"):
         run(tmp_path / "run", folder, stop_epoch=4)
     kept = load_training_state(tmp_path / "run" / "last.pt")
     assert (kept["epochs_done"], kept["step"]) == (1, 2)
@@ -362,12 +380,13 @@ def test_the_last_whole_epoch_is_kept(folder: DataFolder, tmp_path: Path, monkey
 
 
 def test_a_look_at_the_loss_between_epochs(folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a long epoch, only the steps since the last look are named."""
+    """Of a long epoch, only the step is named that went wrong; those before it are written down."""
     monkeypatch.setattr(module, "LOG_INTERVAL", 2)
     monkeypatch.setattr(module, "learning_rate", lambda step, **_: 1e-3 if step < 2 else 1e30)
-    with pytest.raises(UserError, match="within the last 2 steps") as error:
+    with pytest.raises(UserError, match="at step 4, on ") as error:
         run(tmp_path / "run", folder, batch_size=1)
-    assert sum(name in str(error.value) for name in folder.names) == 2
+    assert sum(name in str(error.value) for name in folder.names) == 1
+    assert [row["step"] for row in steps(tmp_path / "run")] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -375,13 +394,13 @@ def test_a_slice_that_is_damaged_later(damageable: DataFolder, tmp_path: Path, m
     """One line with file and case from any process, and the last whole epoch stays."""
     name = damageable.names[4]
     path = damageable.files / f"{name}.npz"
-    add_history = RunFolder.add_history
+    save = Trainer.save
 
-    def damage(self: RunFolder, row: dict) -> None:
-        add_history(self, row)
+    def damage(self: Trainer) -> None:
+        save(self)
         np.savez(path, image=np.full((SIZE, SIZE), 300.0), label=np.zeros((SIZE, SIZE)))
 
-    monkeypatch.setattr(RunFolder, "add_history", damage)
+    monkeypatch.setattr(Trainer, "save", damage)
     with pytest.raises(UserError) as error:
         run(tmp_path / "run", damageable, num_workers=num_workers)
     message = str(error.value)
@@ -402,7 +421,7 @@ def test_weights_that_are_not_finite_are_never_kept() -> None:
     model = torch.nn.Linear(2, 2)
     module.require_finite(model, 1)  # type: ignore[arg-type]
     model.weight.data[0, 0] = float("inf")
-    with pytest.raises(UserError, match=r"after epoch 3, 1 of the trained tensors are not finite \(weight\)"):
+    with pytest.raises(UserError, match=r"after step 3, 1 of the trained tensors are not finite \(weight\)"):
         module.require_finite(model, 3)  # type: ignore[arg-type]
     model.weight.requires_grad_(False)
     module.require_finite(model, 3)  # type: ignore[arg-type]
