@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import math
 import os
 import shutil
@@ -162,6 +163,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     at_step(monkeypatch, step, lambda: signal.raise_signal(number))
     with pytest.raises(Interrupted) as ended:
         trainer(path, folder, again="the command", **RECIPES[name]).fit()
+    ended.value.__traceback__ = None  # it holds the trainer, whose workers are to end now
     assert ended.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     assert [signal.getsignal(each) for each in Interruption.SIGNALS] == handlers
     state = load_training_state(path / "last.pt")
@@ -361,7 +363,7 @@ class Deadly(SliceDataset):
         return super().__getitem__(key)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
 def test_a_workers_death_names_its_file(
     folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -496,3 +498,27 @@ def test_other_warnings_come_through() -> None:
 def test_memory_is_counted() -> None:
     assert 0.05 < continuity.peak_memory_gib(torch.device("cpu")) < 100
     assert math.isfinite(continuity.peak_memory_gib(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_table_that_finds_the_disk_full_is_one_line(folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The training state of the first epoch stays whole."""
+    run = trainer(tmp_path / "run", folder, again="the command")
+    add = run.run.history.add
+
+    def full(rows: list) -> None:
+        if rows[0]["epoch"] == 2:
+            raise OSError(number, "no room")
+        add(rows)
+
+    monkeypatch.setattr(run.run.history, "add", full)
+    with pytest.raises(UserError, match=r"cannot be written .*no room.* go on with the command"):
+        run.fit()
+    assert load_training_state(tmp_path / "run" / "last.pt")["epochs_done"] == 1
+
+
+def test_an_error_of_the_system_that_is_not_about_room_stays_what_it_is(folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path / "run", folder)
+    monkeypatch.setattr(run.run.history, "add", lambda rows: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no rights")))
+    with pytest.raises(PermissionError):
+        run.fit()
