@@ -223,14 +223,17 @@ class Trainer:
     def parallel(self) -> nn.Module:
         """The model as it is called: with gradients averaged over processes, compiled. Made when it is first needed, with the weights of then."""
         parallel = self.joint or self.model
-        return torch.compile(parallel) if self.recipe.compile else parallel  # type: ignore[return-value]
+        if not self.recipe.compile:
+            return parallel
+        _ = self.idle  # found now, while there are no gradients to lose
+        return torch.compile(parallel)  # type: ignore[return-value]
 
     @cached_property
     def joint(self) -> DistributedDataParallel | None:
         """The model with its gradients averaged over processes; None for one process."""
         if self.world.size == 1:
             return None
-        never, sometimes = self.idle_parameters()
+        never, sometimes = self.idle
         ignored = {*never, *(name for name, _ in self.model.named_buffers())}  # buffers are constants
         if self.recipe.shard:
             ignored |= {name for name, p in self.model.named_parameters() if not p.requires_grad}
@@ -238,6 +241,11 @@ class Trainer:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, sorted(ignored))
         devices = [self.world.device] if self.world.device.type == "cuda" else None
         return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=bool(sometimes))
+
+    @cached_property
+    def idle(self) -> tuple[list[str], list[str]]:
+        """`idle_parameters`, found once."""
+        return self.idle_parameters()
 
     def idle_parameters(self) -> tuple[list[str], list[str]]:
         """Trained parameters that no loss reaches, and those that some batches do not reach.
@@ -409,6 +417,9 @@ class Trainer:
                 outputs = self.parallel(*arguments, **named)
             loss, parts = self.criterion(outputs, *self._labels(batch), share)
             self.scaler.scale(loss).backward()
+        if self.recipe.compile:  # compiled code gives parameters that no loss reaches a gradient of 0, by which AdamW would let them decay
+            for name in self.idle[0]:
+                self.model.get_parameter(name).grad = None
         return {name: value.detach() / self.world.size for name, value in {"loss": loss, **parts}.items()}
 
     def _first_backward(self, batch: Mapping[str, Any], micro: MicroBatch) -> dict[str, Tensor]:
