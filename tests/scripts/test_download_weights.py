@@ -423,6 +423,7 @@ def test_an_interrupt_keeps_what_has_come(program, server, tmp_path, capsys) -> 
             if part.exists():
                 break
             release.wait(0.01)
+        release.wait(0.3)  # the file is made and then entered; an interrupt between the two leaves it to the garbage collector
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         release.wait(5)
 
