@@ -223,6 +223,7 @@ def test_the_clock_saves_too(folder: DataFolder, tmp_path: Path, monkeypatch: py
     assert saved == [4, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_longer_run_is_the_same_run(folder: DataFolder, whole: Callable[[str], Path], tmp_path: Path) -> None:
     path = tmp_path / "run"
     trainer(path, folder, stop_epoch=1).fit()
@@ -363,6 +364,8 @@ class Deadly(SliceDataset):
         return super().__getitem__(key)
 
 
+# torch may be told of the death while it opens files to see whether any are left, and then leaves one for the garbage collector.
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
 def test_a_workers_death_names_its_file(
     folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, capfd: pytest.CaptureFixture[str]

@@ -275,7 +275,7 @@ def test_two_processes_find_what_one_finds(root: Path, tmp_path: Path) -> None:
         (SAMED, {"num_workers": 2}),
         (PG_SAM, {"loss_resolution": "both", "alignment_weight": 0.5, "deep_weight": 0.5}),
         (PG_SAM, {"amp": "bf16"}),
-        (SAMED, {"compile": True}),
+        pytest.param(SAMED, {"compile": True}, marks=pytest.mark.slow),
     ],
 )
 def test_weights_are_those_of_a_run_without_validation(
