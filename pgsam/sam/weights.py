@@ -5,6 +5,7 @@ verbatim, the position embedding and the relative positions of global blocks are
 picks the global blocks by a substring of the key, which holds for vit_b only; we ask the model, so vit_l and vit_h work too.
 """
 
+import argparse
 import hashlib
 import pickle
 import warnings
@@ -12,7 +13,9 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,7 +66,25 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The flat `{name: tensor}` of a torch file, read with `weights_only=True`.
 
     Raises:
-        UserError: the file is absent, empty, a git-lfs pointer, a web page, truncated, would run code, or holds something else.
+        UserError: as `read_torch`, or the file holds something else.
+    """
+    state = read_torch(path)
+    if not is_flat_state(state):
+        inside = f"a dict with {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, Mapping) else type(state).__name__
+        raise UserError(f"{path}: expected a flat dict of tensors, found {inside}")
+    return dict(state)
+
+
+def is_flat_state(content: Any) -> bool:
+    """Whether `content` is a dict of nothing but tensors, and of one at least."""
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(value, Tensor) for value in content.values())
+
+
+def read_torch(path: str | Path) -> Any:
+    """What a torch file holds, read with `weights_only=True`: tensors, plain types and containers of them.
+
+    Raises:
+        UserError: the file is absent, empty, a git-lfs pointer, a web page, truncated, or would run code.
     """
     path = Path(path)
     require_file(path, "a torch checkpoint")
@@ -71,19 +92,24 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # of a pickle that is not torch's; it is refused just after
             # Memory mapping reads only what is copied into the model; it needs the zip layout that torch has written since 1.6.
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with torch.serialization.safe_globals(_harmless()):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+        if "unsupported global" in str(error).lower() or "unsupported class" in str(error).lower():
             raise UserError(
                 f"{path}: expected tensors only, found pickled objects that could run code when loaded; re-save its state dict"
             ) from error
         raise UserError(_not_torch(path)) from error
     except _DAMAGE as error:
         raise UserError(_not_torch(path)) from error
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        inside = f"a dict with {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, Mapping) else type(state).__name__
-        raise UserError(f"{path}: expected a flat dict of tensors, found {inside}")
-    return dict(state)
+
+
+def _harmless() -> list[Any]:
+    """What trainings put beside their tensors and runs nothing: their flags, and numbers of numpy, under the names of its versions 1 and 2."""
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = {type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u1", "?")}
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    return [argparse.Namespace, np.dtype, *dtypes, *((scalar, name) for name in names)]
 
 
 def require_file(path: Path, expected: str) -> None:
@@ -106,7 +132,7 @@ def _where_from(path: Path) -> str:
     if vit is None:
         return ""
     elsewhere = "" if path.parent == Path("checkpoints") else f" --output {path.parent}"
-    return f"; fetch it with `python scripts/download_weights.py {vit}{elsewhere}`, or train from a random start with --ckpt none"
+    return f"; fetch it with `python scripts/download_weights.py {vit}{elsewhere}`, or take a random start with --ckpt none"
 
 
 def _head(path: Path) -> bytes:

@@ -1,7 +1,9 @@
+import argparse
 import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from segment_anything import sam_model_registry
 from pgsam.errors import UserError
 from pgsam.models import build_model
 from pgsam.sam.build import build_image_encoder
-from pgsam.sam.weights import OFFICIAL_FILES, fit_sam, load_sam, read_sam, read_state_dict, vit_of
+from pgsam.sam.weights import OFFICIAL_FILES, fit_sam, load_sam, read_sam, read_state_dict, read_torch, vit_of
 
 
 class WouldRunCode:
@@ -86,6 +88,20 @@ def test_truncated_torch_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:20_000])
     with pytest.raises(UserError, match="truncated"):
         read_state_dict(path)
+
+
+def test_a_trainings_flags_and_numbers_are_read_with_the_tensors(tmp_path: Path) -> None:
+    beside = {"args": argparse.Namespace(lr=1e-4), "dice": np.float64(0.9), "epoch": np.int64(7), "best": np.bool_(True)}
+    torch.save({"model": {"a": torch.ones(2)}, **beside}, tmp_path / "file.pth")
+    found = read_torch(tmp_path / "file.pth")
+    assert {name: found[name] for name in beside} == beside
+    assert torch.equal(found["model"]["a"], torch.ones(2))
+
+
+def test_code_of_a_blocked_module_is_called_code(tmp_path: Path) -> None:
+    torch.save({"a": WouldRunCode()}, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="pickled objects that could run code"):
+        read_torch(tmp_path / "file.pth")
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
