@@ -71,6 +71,10 @@ class Validation:
             lines.append(f"validation: reports on slices: {self.asked - self.absent} read, {self.absent} missing (null text)")
         return lines
 
+    def in_words(self, found: Mapping[str, float | None]) -> str:
+        """What a call gave, for the log."""
+        return describe_validation(found)
+
     def __call__(self, model: SliceModel, epoch: int) -> dict[str, float | None]:
         """Predicts the volumes with `model` as it stands, and leaves it as it was.
 

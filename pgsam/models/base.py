@@ -17,7 +17,7 @@ class SliceModel(nn.Module):
         prompt_encoder: of the encoder's grid.
         mask_decoder: with one mask token for the background and, where class tokens are learned, one a class.
         class_names: foreground classes in label order.
-        class_tokens: `learned`, or `text` where the tokens of the classes are made from reports.
+        class_tokens: `learned`; `text` where the tokens of the classes are made from reports; `prompts` for SAM's own four, which know no classes.
 
     Shape: `(B, 3, S, S)` in [0, 1] -> a dict with at least `low_res_logits` `(B, K + 1, S/4, S/4)`, `masks` `(B, K + 1, S, S)` (logits)
     and `iou_predictions` `(B, K + 1)`.
@@ -36,7 +36,7 @@ class SliceModel(nn.Module):
         class_tokens: str = "learned",
     ) -> None:
         super().__init__()
-        needed = len(class_names) + 1 if class_tokens == "learned" else 1
+        needed = {"learned": len(class_names) + 1, "prompts": 4}.get(class_tokens, 1)
         if mask_decoder.num_mask_tokens != needed:
             raise ValueError(f"{len(class_names)} classes with {class_tokens} tokens need {needed} mask tokens, not {mask_decoder.num_mask_tokens}")
         self.image_encoder = image_encoder

@@ -52,8 +52,11 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return out
         # Both updates as one pair of thin products; k's rows of `up` are zero.
-        down = torch.cat(list(self.lora_a.values()))  # (parts * r, in)
-        return out + F.linear(F.linear(x, down), self._up())
+        return out + F.linear(F.linear(x, self._down()), self._up())
+
+    def _down(self) -> Tensor:
+        """`(parts * r, in)`: the factors A in the order of the parts, which a ParameterDict does not keep."""
+        return torch.cat([self.lora_a[name] for name in self.parts])
 
     def _up(self) -> Tensor:
         """`(out, parts * r)`: the factors B on a block diagonal, zero rows where nothing is added."""
@@ -70,7 +73,7 @@ class LoRALinear(nn.Module):
 
     def delta(self) -> Tensor:
         """`(out, in)`: the whole update of the weight, B A on the rows of each part and zero elsewhere."""
-        return self._up() @ torch.cat(list(self.lora_a.values()))
+        return self._up() @ self._down()
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -1,0 +1,49 @@
+"""The flags of train.py for `--module sam_promptable`, and those that are nothing to it."""
+
+import argparse
+from collections.abc import Sequence
+
+from pgsam.engine.flags import require_at_least
+from pgsam.errors import UserError
+from pgsam.models import PROMPTED
+
+PROMPT_FLAGS = ("target_classes", "prompt_rounds")
+PROMPT_ROUNDS = 4
+CLASS_FLAGS = {"dice_param": 0.8, "loss_resolution": "low", "dice_reduction": "batch"}  # of losses over classes, with their defaults
+
+
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """`--target_classes` and `--prompt_rounds`."""
+    add, module = parser.add_argument, PROMPTED[0]
+    add("--target_classes", metavar="NAME[,NAME]", help=f"{module}: classes that it is trained to find; others never are (default: all)")
+    add("--prompt_rounds", type=int, help=f"{module}: rounds of clicks that correct the answer, after the first prompt (default {PROMPT_ROUNDS})")
+
+
+def resolve_prompts(args: argparse.Namespace) -> None:
+    """Fills in what depends on whether the module takes prompts, and refuses flags that are nothing to it."""
+    if args.module in PROMPTED:
+        foreign = [f"--{name}" for name in CLASS_FLAGS if getattr(args, name) is not None]
+        if foreign:
+            raise UserError(f"{', '.join(foreign)}: --module {args.module} is trained by prompts, with a loss of its own; leave it out")
+        if args.compile:
+            raise UserError(f"--compile: the prompts of --module {args.module} depend on its answers, which cannot be compiled; leave it out")
+        args.prompt_rounds = PROMPT_ROUNDS if args.prompt_rounds is None else args.prompt_rounds
+        require_at_least(args, prompt_rounds=0)
+    else:
+        foreign = [f"--{name}" for name in PROMPT_FLAGS if getattr(args, name) is not None]
+        if foreign:
+            raise UserError(f"{', '.join(foreign)}: --module {args.module} takes no prompts; leave it out, or use --module {PROMPTED[0]}")
+    for name, value in CLASS_FLAGS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def choose_targets(asked: str | None, class_names: Sequence[str]) -> tuple[str, ...]:
+    """The classes of `--target_classes` in the order of the labels, all without it; a UserError names what is no class of the data."""
+    if asked is None:
+        return tuple(class_names)
+    names = [name.strip() for name in asked.split(",")]
+    unknown = [name or "an empty name" for name in names if name not in class_names]
+    if unknown:
+        raise UserError(f"--target_classes {asked}: expected classes of the data ({', '.join(class_names)}), found {', '.join(unknown)}")
+    return tuple(name for name in class_names if name in names)
