@@ -11,7 +11,20 @@ import torch
 from pgsam.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PACKAGES = ("torch", "torchvision", "segment-anything", "transformers", "numpy", "scipy", "h5py", "SimpleITK", "pillow", "safetensors", "einops")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "segment-anything",
+    "transformers",
+    "numpy",
+    "scipy",
+    "h5py",
+    "SimpleITK",
+    "pillow",
+    "safetensors",
+    "einops",
+    "POT",
+)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
