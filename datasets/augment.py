@@ -1,4 +1,4 @@
-"""Training augmentations: SAMed's as published, and two that never mirror, for organs that have a side: affine, and H-SAM's kinds.
+"""Training augmentations: SAMed's as published, two that never mirror, for organs that have a side (affine, and H-SAM's kinds), and one for prompts.
 
 SAMed (arXiv 2304.13785; the released trainer, spec section 2): half of the samples are turned by a multiple of 90 degrees and mirrored, a quarter
 are rotated by a whole angle in [-20, 20) degrees, a quarter stay as they are. Images and labels alike are rotated with nearest neighbours, as
@@ -20,15 +20,16 @@ Augmentation = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.
 
 HSAM_DEGREES = 20.0
 HSAM_CROP_AREAS = (0.2, 0.8)  # of the slice's area
+CURVE_KNOTS = 6
 BEND_CELLS = 8  # cells of the control grid along a side
 BEND_REACH = 0.25  # of a cell; a cubic B-spline map cannot fold below 0.48 (Choi and Lee 2000, injectivity conditions)
 
 
 def samed_augmentation(image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Augments one slice; `image` and `label` are [H, W], and the result depends on `rng` only."""
+    """Augments one slice; `label` is [H, W] and `image` too, or [3, H, W] in colour, and the result depends on `rng` only."""
     if rng.random() > 0.5:
-        turns, axis = int(rng.integers(0, 4)), int(rng.integers(0, 2))
-        return np.flip(np.rot90(image, turns), axis), np.flip(np.rot90(label, turns), axis)
+        turns, axis = int(rng.integers(0, 4)), int(rng.integers(0, 2)) - 2
+        return np.flip(np.rot90(image, turns, (-2, -1)), axis), np.flip(np.rot90(label, turns), axis)
     if rng.random() > 0.5:
         degrees = int(rng.integers(-20, 20))
         return rotate_nearest(image, degrees), rotate_nearest(label, degrees)
@@ -39,14 +40,15 @@ def affine_augmentation(image: np.ndarray, label: np.ndarray, rng: np.random.Gen
     """Turns, scales and shifts a slice and changes its contrast, nnU-Net's way; it never mirrors, so left organs stay left.
 
     Rotation within 20 degrees, scale 0.75 to 1.3 (both axes alike), shift within a tenth of the side, contrast 0.8 to 1.2 about the mean and
-    brightness within 0.08. The image is interpolated linearly, the label by nearest neighbours; what comes from outside is 0.
+    brightness within 0.08. The image is interpolated linearly, the label by nearest neighbours; what comes from outside is 0. A colour image,
+    [3, H, W], has one contrast and one mean.
     """
     angle, scale = np.deg2rad(rng.uniform(-20, 20)), np.exp(rng.uniform(np.log(0.75), np.log(1.3)))
-    shift = rng.uniform(-0.1, 0.1, 2) * image.shape
+    shift = rng.uniform(-0.1, 0.1, 2) * label.shape
     matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / scale
-    centre = (np.array(image.shape) - 1) / 2
+    centre = (np.array(label.shape) - 1) / 2
     offset = centre - matrix @ (centre + shift)
-    image = affine_transform(image, matrix, offset, order=1)
+    image = _each_channel(image, lambda channel: affine_transform(channel, matrix, offset, order=1))
     label = affine_transform(label, matrix, offset, order=0)
     mean = image.mean()
     image = (image - mean) * np.float32(rng.uniform(0.8, 1.2)) + mean + np.float32(rng.uniform(-0.08, 0.08))
@@ -66,17 +68,17 @@ def hsam_augmentation(image: np.ndarray, label: np.ndarray, rng: np.random.Gener
     the same numbers would cut off 72 %. The strength of the elastic displacement is ours, too.
 
     Args:
-        image: [H, W] floating point, in a range that contains 0; it keeps its range and dtype.
+        image: [H, W], or [3, H, W] in colour; floating point, in a range that contains 0; it keeps its range and dtype.
         label: [H, W]; it keeps its dtype and gets no new values.
         rng: decides everything.
     """
     turned, cropped, bent = rng.random(3) < 0.5
     if not (turned or cropped or bent):
         return image, label
-    centre = (np.array(image.shape).reshape(2, 1, 1) - 1) / 2
-    where = np.indices(image.shape) - centre  # (2, H, W): the place in the source that each pixel takes, from the centre
+    centre = (np.array(label.shape).reshape(2, 1, 1) - 1) / 2
+    where = np.indices(label.shape) - centre  # (2, H, W): the place in the source that each pixel takes, from the centre
     if bent:
-        where += smooth_displacement(image.shape, rng)
+        where += smooth_displacement(label.shape, rng)
     if cropped:
         side = np.sqrt(rng.uniform(*HSAM_CROP_AREAS))
         where = side * where + rng.uniform(-1, 1, (2, 1, 1)) * (1 - side) * centre
@@ -84,7 +86,12 @@ def hsam_augmentation(image: np.ndarray, label: np.ndarray, rng: np.random.Gener
         angle = np.deg2rad(rng.uniform(-HSAM_DEGREES, HSAM_DEGREES))
         where = np.tensordot([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], where, axes=1)
     where += centre
-    return map_coordinates(image, where, order=1), map_coordinates(label, where, order=0)
+    return _each_channel(image, lambda channel: map_coordinates(channel, where, order=1)), map_coordinates(label, where, order=0)
+
+
+def _each_channel(image: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """`change` of an image [H, W], or of each channel of [3, H, W]."""
+    return change(image) if image.ndim == 2 else np.stack([change(channel) for channel in image])
 
 
 def smooth_displacement(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -106,6 +113,22 @@ def _spline_weights(side: int) -> np.ndarray:
     return BSpline.design_matrix(np.linspace(0, BEND_CELLS, side), knots, 3).toarray()
 
 
+def prompted_augmentation(image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """For models that are told by prompts what to find: neither its place nor its brightness says which organ something is.
+
+    Every slice is turned by a multiple of 90 degrees, mirrored with probability one half, and then goes through `affine_augmentation`. With
+    probability one half its brightness goes through a random curve before, linear between `CURVE_KNOTS` values drawn uniformly in [0, 1].
+    """
+    turns, mirrored, recoloured = int(rng.integers(0, 4)), rng.random() < 0.5, rng.random() < 0.5
+    image, label = np.rot90(image, turns, (-2, -1)), np.rot90(label, turns)
+    if mirrored:
+        image, label = np.flip(image, -1), np.flip(label, -1)
+    if recoloured:
+        knots = np.linspace(0, 1, CURVE_KNOTS)
+        image = np.interp(image, knots, rng.random(CURVE_KNOTS)).astype(image.dtype)
+    return affine_augmentation(image, label, rng)
+
+
 def no_augmentation(image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Leaves the slice as it is."""
     return image, label
@@ -115,5 +138,6 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "samed": samed_augmentation,
     "affine": affine_augmentation,
     "hsam": hsam_augmentation,
+    "prompted": prompted_augmentation,
     "none": no_augmentation,
 }

@@ -209,6 +209,8 @@ def join_slices(paths: Iterable[Path], name: str, num_classes: int) -> Case:
     """
     slices = [(path, *read_slice(path, path.stem, num_classes), _entries(path, name)) for path in paths]
     first, image, _, entries = slices[0]
+    if image.ndim != 2:
+        raise UserError(f"{first} ({name}): expected grey slices, which make a volume, found colour; train without --val_list and --val_share")
     for path, other, _, told in slices[1:]:
         if other.shape != image.shape:
             raise UserError(

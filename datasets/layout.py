@@ -14,6 +14,7 @@ from pgsam.errors import UserError
 
 FILES = {"train": ("train_npz", "train.txt"), "test": ("test_vol_h5", "test_vol.txt")}  # split -> its folder and the name of its list
 IMAGE_RANGE = (-0.5, 1.5)  # of images in [0, 1], since cubic down-sampling may overshoot; raw Hounsfield units never fit in here
+COLOURS = 3  # red, green and blue: the last axis of a colour slice, whose manifest has the image_kind "rgb"
 
 _SLICE_NAME = re.compile(r"(?P<case>.+)_slice\d+$")
 

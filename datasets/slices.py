@@ -1,5 +1,7 @@
 """Training slices: TransUNet's `<case>_slice<ddd>.npz` (`image` in [0, 1], `label`, both [H, W]) as network inputs.
 
+A colour slice has an `image` [H, W, 3] and stands among colour slices only, with a manifest.json that says so (`image_kind` "rgb").
+
 Files are opened and closed for every sample, so that workers share nothing; nothing is ever unpickled. What a sample is depends on the seed, the
 epoch and its index only: the sampler hands the epoch to the dataset with the index, so the number of workers changes nothing.
 """
@@ -16,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.augment import Augmentation, samed_augmentation
-from datasets.layout import IMAGE_RANGE, DataFolder
+from datasets.layout import COLOURS, IMAGE_RANGE, DataFolder
 from pgsam.errors import UserError
 from pgsam.resample import resize_cubic, resize_nearest
 
@@ -26,8 +28,11 @@ TEXT_DROPOUT = 0.1
 _DAMAGE = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError, TokenError)
 
 
-def check_slice_header(path: Path, case: str) -> None:
-    """Checks a slice without reading its pixels: a whole npz with plain, 2-D `image` and `label` of one shape.
+def check_slice_header(path: Path, case: str) -> int:
+    """Checks a slice without reading its pixels: a whole npz with plain `image` and `label` of one shape [H, W], or the image [H, W, 3].
+
+    Returns:
+        Channels of the image, 1 or 3.
 
     Raises:
         UserError: it is not; file and case are named.
@@ -48,7 +53,13 @@ def check_slice_header(path: Path, case: str) -> None:
                     raise UserError(f"{path} ({case}): expected numbers in {key}, found {dtype}; save it again")
     except _DAMAGE as error:
         raise UserError(f"{path} ({case}): expected an npz file, found a damaged or truncated one ({error}); make it again") from error
-    check_shapes(path, case, shapes["image"], shapes["label"], 2)
+    check_shapes(path, case, _pixels(shapes["image"]), shapes["label"], 2)
+    return 1 if len(shapes["image"]) == 2 else COLOURS
+
+
+def _pixels(image: tuple[int, ...]) -> tuple[int, ...]:
+    """(H, W) of a slice's image as it is stored; other shapes, and one of no colours, as they are."""
+    return image[:2] if len(image) == 3 and image[2] == COLOURS else image
 
 
 def _npy_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
@@ -86,14 +97,21 @@ def check_values(path: Path, case: str, image: np.ndarray, label: np.ndarray, nu
 
 
 def read_slice(path: Path, case: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image (float32) and label (uint8) of a slice, both [H, W]; a UserError names file and case if either is not valid."""
+    """Image (float32) and label (uint8) of a slice, both [H, W]; a colour image is [3, H, W].
+
+    Raises:
+        UserError: either is not valid; file and case are named.
+    """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             image, label = (archive[key] for key in KEYS)
     except (*_DAMAGE, KeyError, TypeError) as error:  # TypeError: a bare array named .npz
         raise UserError(f"{path} ({case}): expected an npz with image and label, found a damaged one ({error}); make it again") from error
-    check_shapes(path, case, image.shape, label.shape, 2)
-    return image.astype(np.float32, copy=False), check_values(path, case, image, label, num_classes)
+    check_shapes(path, case, _pixels(image.shape), label.shape, 2)
+    label = check_values(path, case, image, label, num_classes)
+    if image.ndim == 3:
+        image = np.ascontiguousarray(np.moveaxis(image, -1, 0))
+    return image.astype(np.float32, copy=False), label
 
 
 class SliceDataset(Dataset):
@@ -109,9 +127,17 @@ class SliceDataset(Dataset):
         texts: a report on each slice by its name: vectors (D,), or words where the text encoder is trained too.
         missing_text: stands for a report that is not there; it also takes the place of one in ten that are, so that a model learns what it means.
 
-    An item, by `(epoch, index)`: `image` (1, S, S) float32, `label` (S, S) and `low_res_label` (S/4, S/4) uint8, `case`, the slice's name, and
+    Attributes:
+        channels: of every image, 1 or 3.
+
+    Raises:
+        UserError: a slice is not valid, some are grey and some in colour, or the manifest says the other.
+
+    An item, by `(epoch, index)`: `image` (channels, S, S) float32, `label` (S, S) and `low_res_label` (S/4, S/4) uint8, `case`, the slice's name, and
     with `texts` the slice's `text`.
     """
+
+    unit = "slice"
 
     def __init__(
         self,
@@ -130,8 +156,28 @@ class SliceDataset(Dataset):
         self.paths = [folder.files / f"{name}.npz" for name in self.names]
         self.num_classes, self.img_size, self.input_size, self.seed, self.augment = num_classes, img_size, input_size, seed, augment
         self.texts, self.missing_text = texts, missing_text
-        for name, path in zip(self.names, self.paths, strict=True):
-            check_slice_header(path, name)
+        self.channels = 1
+        for index, (name, path) in enumerate(zip(self.names, self.paths, strict=True)):
+            channels = check_slice_header(path, name)
+            if index and channels != self.channels:
+                raise UserError(
+                    f"{path} ({name}): expected a slice {_in_words(self.channels)} as in {self.paths[0].name}, found one {_in_words(channels)}; "
+                    "train on one kind at a time"
+                )
+            self.channels = channels
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        """What the manifest says of the images goes into the checkpoint, so it must be true."""
+        kind = None if self.folder.manifest is None else self.folder.manifest.get("image_kind")
+        if (kind == "rgb") != (self.channels == COLOURS):
+            place, found = self.folder.files.parent / "manifest.json", f"slices {_in_words(self.channels)}"
+            says = "there is none" if self.folder.manifest is None else f"it says {kind!r}"
+            raise UserError(f"{place}: expected what {found} need, {says}; put image_kind right ('rgb' for colour and for nothing else)")
+
+    def cases(self) -> tuple[str, ...]:
+        """The scans that the slices are of, sorted."""
+        return self.folder.cases()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -147,7 +193,7 @@ class SliceDataset(Dataset):
         image, label = resize_cubic(np.ascontiguousarray(image), size), resize_nearest(np.ascontiguousarray(label), size)
         low_res_label = resize_nearest(label, (self.img_size // 4, self.img_size // 4))
         item = {
-            "image": torch.from_numpy(image)[None],
+            "image": torch.from_numpy(image if image.ndim == 3 else image[None]),
             "label": torch.from_numpy(label),
             "low_res_label": torch.from_numpy(low_res_label),
             "case": name,
@@ -155,3 +201,7 @@ class SliceDataset(Dataset):
         if self.texts is not None:
             item["text"] = self.missing_text if rng.random() < TEXT_DROPOUT else self.texts.get(name, self.missing_text)
         return item
+
+
+def _in_words(channels: int) -> str:
+    return "in grey" if channels == 1 else "in colour"

@@ -62,7 +62,7 @@ def rotation_index(height: int, width: int, degrees: int) -> np.ndarray:
 
 
 def rotate_nearest(image: np.ndarray, degrees: int) -> np.ndarray:
-    """`(H, W)` rotated by a whole angle, equal to `scipy.ndimage.rotate(image, degrees, order=0, reshape=False)`."""
-    index = rotation_index(*image.shape, degrees)
-    flat = np.concatenate([np.zeros(1, image.dtype), image.ravel()])
-    return flat[index]
+    """`(..., H, W)` rotated by a whole angle, equal to `scipy.ndimage.rotate(image, degrees, order=0, reshape=False)` on each slice."""
+    index = rotation_index(*image.shape[-2:], degrees)
+    flat = np.concatenate([np.zeros((*image.shape[:-2], 1), image.dtype), image.reshape(*image.shape[:-2], -1)], axis=-1)
+    return flat[..., index]

@@ -224,15 +224,7 @@ def process_case(case: Case, settings: Settings, output: Path) -> dict[str, Any]
     for path in _outputs_on_disk(case.name, output):
         path.unlink()
     if case.split == "train":
-        for index, path in enumerate(_output_paths(case, len(scaled.array), output)):
-            part = take_slice(scaled, index)
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                entries: dict[str, Any] = {
-                    "image": part.array[0],
-                    "label": label[index].astype(np.float32),
-                    **to_attributes(part, **details),
-                }
-                np.savez(file, **entries)
+        write_slices(_output_paths(case, len(scaled.array), output), scaled, label, details)
     else:
         (path,) = _output_paths(case, len(scaled.array), output)
         with replacing(path) as temporary, h5py.File(temporary, "w") as file:
@@ -253,6 +245,21 @@ def process_case(case: Case, settings: Settings, output: Path) -> dict[str, Any]
         "labels_present": [int(value) for value in np.unique(label) if value],
         "fingerprint": fingerprint,
     }
+
+
+def write_slices(paths: Sequence[Path], image: Volume, label: np.ndarray, details: dict[str, Any]) -> None:
+    """Writes the slices of a case as training slices.
+
+    Args:
+        paths: `<case>_slice<ddd>.npz`, one a slice.
+        image: scaled to [0, 1].
+        label: classes [D, H, W].
+        details: more for `to_attributes`.
+    """
+    for index, path in enumerate(paths):
+        part = take_slice(image, index)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, image=part.array[0], label=label[index].astype(np.float32), **to_attributes(part, **details))
 
 
 def _read_case(case: Case, settings: Settings) -> tuple[Volume, np.ndarray, str, float]:

@@ -223,7 +223,9 @@ def training_pictures(args: argparse.Namespace) -> dict[str, Callable[[], np.nda
         return upright(image, orientation[case_of(name)])
 
     for name in folder.names:
-        check_slice_header(folder.files / f"{name}.npz", name)
+        path = folder.files / f"{name}.npz"
+        if check_slice_header(path, name) != 1:
+            raise UserError(f"{path} ({name}): expected a grey slice of a scan to report on, found colour; give a folder of scans")
     return {name: functools.partial(read, name) for name in folder.names}
 
 
