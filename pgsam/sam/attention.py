@@ -7,6 +7,8 @@ arXiv 2112.01526), with SAM's parameter names. It computes the same function in 
   `q . R_w[j, :]` to the query and the one-hot codes of k and l to the key. No (tokens x tokens) bias exists, so flash kernels apply.
 * SAM pads the grid with zeros to whole windows before the qkv projection. A zero token projects to the bias of that projection, so we project
   the real tokens only and put that one row where SAM has padding; the output projection, too, sees real tokens only.
+* Where one window is larger than the whole grid, as in SAM-Med3D (14 tokens on a grid of 8), all padding has one key and one value, and the sum of
+  its weights is a closed form of the relative positions: it is one more key. A query looks at 513 tokens instead of 2744, and only real ones ask.
 """
 
 import math
@@ -59,30 +61,29 @@ class GridAttention(nn.Module):
 
         gather, scatter, self.num_windows = window_indices(self.grid, sides)
         self.padded = bool((gather == scatter.numel()).any())
-        # With one window, queries are the real tokens as they lie in the grid; only keys and values need the padding.
-        self.query_sides = self.grid if self.num_windows == 1 else sides
+        # One window larger than the grid: its padding is one key, and all else lies as it does in the grid.
+        self.one_pad_key = self.padded and self.num_windows == 1
+        self.places = self.grid if self.one_pad_key else sides
         self.register_buffer("gather", gather, persistent=False)
         self.register_buffer("scatter", scatter, persistent=False)
-        self.register_buffer("key_codes", one_hot_positions(sides), persistent=False)
+        codes = one_hot_positions(self.places)
+        self.register_buffer("key_codes", _with_pad_key(codes) if self.one_pad_key else codes, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         batch = x.shape[0]
-        qkv = self.qkv(x.flatten(1, -2))  # (B, N, 3 * dim)
-        windowed = qkv
+        tokens = self.qkv(x.flatten(1, -2))  # (B, N, 3 * dim)
         if self.padded:
             pad = self.qkv(x.new_zeros(1, 1, x.shape[-1])).expand(batch, -1, -1)
-            windowed = torch.cat([qkv, pad], dim=1)
-        if self.padded or self.num_windows > 1:
-            windowed = windowed.index_select(1, self.gather)  # (B, windows * T, 3 * dim)
+            tokens = torch.cat([tokens, pad], dim=1)
+        if self.num_windows > 1:
+            tokens = tokens.index_select(1, self.gather)  # (B, windows * T, 3 * dim)
         split = "b (win t) (qkv heads c) -> qkv (b win) heads t c"
-        queries, keys, values = rearrange(windowed, split, win=self.num_windows, qkv=3, heads=self.num_heads)
-        if self.rel_pos == "sammed3d":
-            out = self._attend_sammed3d(queries, keys, values)
-        else:
-            if self.padded and self.num_windows == 1:
-                queries = rearrange(qkv[..., : x.shape[-1]], "b t (heads c) -> b heads t c", heads=self.num_heads)
-            out = self._attend_separable(queries, keys, values)
-        out = rearrange(out, "(b win) heads t c -> b (win t) (heads c)", b=batch)
+        queries, keys, values = rearrange(tokens, split, win=self.num_windows, qkv=3, heads=self.num_heads)
+        pad_query = None
+        if self.one_pad_key:
+            queries, pad_query = queries[:, :, :-1], queries[:1, :, -1:]
+        attend = self._attend_sammed3d if self.rel_pos == "sammed3d" else self._attend_separable
+        out = rearrange(attend(queries, keys, values, pad_query), "(b win) heads t c -> b (win t) (heads c)", b=batch)
         if self.num_windows > 1:
             out = out.index_select(1, self.scatter)
         return self.proj(out).view(x.shape)
@@ -93,42 +94,101 @@ class GridAttention(nn.Module):
         offsets = torch.arange(query_side, device=table.device)[:, None] - torch.arange(key_side, device=table.device)
         return table[offsets + key_side - 1]
 
-    def _attend_separable(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """`(b, heads, Tq, c)`, `(b, heads, Tk, c)` twice -> `(b, heads, Tq, c)`; `rel_pos` uses the unscaled query, as SAM does."""
-        grid_queries = queries.unflatten(2, self.query_sides)
-        letters = "xyz"[: len(self.sides)]
-        features = [queries * self.head_dim**-0.5]
-        for axis, letter, query_side, side in zip(AXES[-len(self.sides) :], letters, self.query_sides, self.sides, strict=True):
-            table = self.relative_table(axis, query_side, side)
-            features.append(torch.einsum(f"bn{letters}c,{letter}kc->bn{letters}k", grid_queries, table).flatten(2, -2))
-        codes = self.key_codes.to(keys.dtype).expand(*keys.shape[:2], -1, -1)
-        # Flash kernels want one width for queries, keys and values, and a multiple of 8 on a GPU.
-        width = self.head_dim + codes.shape[-1]
-        spare = -width % 8
-        query = F.pad(torch.cat(features, dim=-1), (0, spare))
-        key = F.pad(torch.cat([keys, codes], dim=-1), (0, spare))
-        value = F.pad(values, (0, width + spare - self.head_dim))
-        return F.scaled_dot_product_attention(query.to(key.dtype), key, value.to(key.dtype), scale=1.0)[..., : self.head_dim]
+    def _attend_separable(self, queries: Tensor, keys: Tensor, values: Tensor, pad_query: Tensor | None) -> Tensor:
+        """`(b, heads, Tq, c)`, `(b, heads, Tk, c)` twice -> `(b, heads, Tq, c)`; `rel_pos` uses the unscaled query, as SAM does.
 
-    def _attend_sammed3d(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._sammed3d_bias(queries).to(queries.dtype))
-        if self.padded and self.num_windows == 1:  # SAM-Med3D's rule needs the queries of padding too; their own output is not used
-            out = out.index_select(2, self.scatter)
-        return out
-
-    def _sammed3d_bias(self, queries: Tensor) -> Tensor:
-        """The bias that SAM-Med3D's released code adds, `(b, heads, T, T)`.
-
-        For a query at (d, h, w) and a key at (e, f, g) the intended sum is q[d,h,w].D[d,e] + q[d,h,w].H[h,f] + q[d,h,w].W[w,g]. The released
-        code, and so its weights, use q[d,h,w].D[d,g] + q[d,h,e].H[h,g] + q[d,h,f].W[f,g].
+        With `pad_query`, which is not needed itself, the last key and value are the padding's.
         """
-        side = self.sides[0]
-        grid_queries = queries.unflatten(2, self.sides)
-        depth, height, width = (self.relative_table(axis, side, side) for axis in AXES)
-        by_depth = torch.einsum("bndhwc,dgc->bndhwg", grid_queries, depth)[:, :, :, :, :, None, None, :]
-        by_height = torch.einsum("bndhec,hgc->bndheg", grid_queries, height)[:, :, :, :, None, :, None, :]
-        by_width = torch.einsum("bndhfc,fgc->bndhfg", grid_queries, width)[:, :, :, :, None, None, :, :]
-        return rearrange(by_depth + by_height + by_width, "b n d h w e f g -> b n (d h w) (e f g)")
+        grid_queries = queries.unflatten(2, self.places)
+        letters = "xyz"[: len(self.sides)]
+        biases = []  # for each axis `(b, heads, Tq, side)`
+        for axis, letter, place, side in zip(AXES[-len(self.sides) :], letters, self.places, self.sides, strict=True):
+            table = self.relative_table(axis, place, side)
+            biases.append(torch.einsum(f"bn{letters}c,{letter}kc->bn{letters}k", grid_queries, table).flatten(2, -2))
+        features = [queries * self.head_dim**-0.5, *(bias[..., :place] for bias, place in zip(biases, self.places, strict=True))]
+        if pad_query is not None:
+            features.append(_in_two_parts(_log_weight_of_padding(biases, self.places), keys.dtype))
+        return _attend(features, [keys, self.key_codes.to(keys.dtype).expand(*keys.shape[:2], -1, -1)], values)
+
+    def _attend_sammed3d(self, queries: Tensor, keys: Tensor, values: Tensor, pad_query: Tensor | None) -> Tensor:
+        """The same by the rule of SAM-Med3D's released code.
+
+        For a query at (d, h, w) and a key at (e, f, g) the intended bias is q[d,h,w].D[d,e] + q[d,h,w].H[h,f] + q[d,h,w].W[w,g]. The released
+        code, and so its weights, use q[d,h,w].D[d,g] + q[d,h,e].H[h,g] + q[d,h,f].W[f,g]: the last two read queries of other places, those of
+        the padding too. `pad_query` `(1, heads, 1, c)` is the query of every such place.
+        """
+        side, (deep, high, wide) = self.sides[0], self.places
+        grid_queries = queries.unflatten(2, self.places)
+        lines = grid_queries  # along the last axis, whole windows
+        if pad_query is not None:
+            beyond = pad_query[:, :, :, None, None].expand(len(queries), -1, deep, high, side - wide, -1)
+            lines = torch.cat([grid_queries, beyond], dim=4)
+        depth, height, width = (self.relative_table(axis, q, side) for axis, q in zip(AXES, (deep, high, side), strict=True))
+        by_depth = torch.einsum("bndhwc,dgc->bndhwg", grid_queries, depth)
+        by_height = torch.einsum("bndhec,hgc->bndheg", lines, height)
+        by_width = torch.einsum("bndhfc,fgc->bndhfg", lines, width)
+        if pad_query is not None:
+            by_depth, by_height, by_width = _in_single_precision(by_depth, by_height, by_width)
+        corner = by_height[..., :deep, None, :wide] + by_width[..., None, :high, :wide]  # the real keys: (b, heads, d, h, e, f, g)
+        bias = (by_depth[..., None, None, :wide] + corner[:, :, :, :, None]).flatten(5).flatten(2, 4)
+        if pad_query is None:
+            return _attend([queries * self.head_dim**-0.5], [keys], values, bias)
+        # For each g the keys (e, f) of the padding: beyond the grid in g all of them, else all but those of the corner.
+        weights = by_height.logsumexp(-2) + by_width.logsumexp(-2)  # (b, heads, d, h, g)
+        around = _log_weight_of_padding([by_height[..., :wide].mT, by_width[..., :wide].mT], (deep, high))[..., 0]
+        weights = by_depth + torch.cat([around, weights[..., wide:]], dim=-1)[:, :, :, :, None]
+        padding = _in_two_parts(weights.logsumexp(-1, keepdim=True).flatten(2, 4), keys.dtype)
+        codes = self.key_codes[:, -2:].to(keys.dtype).expand(*keys.shape[:2], -1, -1)
+        return _attend([queries * self.head_dim**-0.5, padding], [keys, codes], values, F.pad(bias, (0, 1)))
+
+
+def _attend(query_parts: list[Tensor], key_parts: list[Tensor], values: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention of queries and keys that are laid together along their last axis, without further scaling."""
+    query, key = torch.cat(query_parts, dim=-1), torch.cat(key_parts, dim=-1)
+    # Flash kernels want one width for queries, keys and values, and a multiple of 8 on a GPU.
+    width, own = key.shape[-1], values.shape[-1]
+    spare = -width % 8
+    query, key, value = F.pad(query, (0, spare)).to(key.dtype), F.pad(key, (0, spare)), F.pad(values, (0, width + spare - own)).to(key.dtype)
+    bias = None if bias is None else bias.to(key.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)[..., :own]
+
+
+def _log_weight_of_padding(biases: list[Tensor], places: tuple[int, ...]) -> Tensor:
+    """Logarithm of the sum over all padding of exp(the sum of its biases along each axis), `(..., 1)`.
+
+    Padding lies beyond the grid along one axis at least. With a and b the sums of exp over the real and the padded places along an axis, its share of
+    (a1 + b1)(a2 + b2)... is b1 (a2 + b2)... + a1 b2 (a3 + b3)... + ..., a sum of positive numbers.
+
+    Args:
+        biases: for each axis `(..., side)`.
+        places: for each axis how many of these are real; fewer than `side` on one axis at least.
+    """
+    terms = []
+    biases = _in_single_precision(*biases)
+    for i, (bias, place) in enumerate(zip(biases, places, strict=True)):
+        if place < bias.shape[-1]:
+            before = [b[..., :p] for b, p in zip(biases[:i], places[:i], strict=True)]
+            sums = [part.logsumexp(-1, keepdim=True) for part in (*before, bias[..., place:], *biases[i + 1 :])]
+            terms.append(torch.stack(sums).sum(0))
+    return torch.cat(terms, dim=-1).logsumexp(-1, keepdim=True)
+
+
+def _in_single_precision(*tensors: Tensor) -> list[Tensor]:
+    """What is of half precision in single precision."""
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+
+def _in_two_parts(logarithm: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(..., 1)` as `(..., 2)` whose sum it is, so that a number of 8 keeps its digits in half precision."""
+    coarse = logarithm.to(dtype)
+    return torch.cat([coarse, (logarithm - coarse).to(dtype)], dim=-1)
+
+
+def _with_pad_key(codes: Tensor) -> Tensor:
+    """Codes `(T, n)` of the keys, and with them one of the padding: `(T + 1, n + 2)`, the last two columns 1 for the padding only."""
+    codes = F.pad(codes, (0, 2, 0, 1))
+    codes[-1, -2:] = 1
+    return codes
 
 
 def window_indices(grid: tuple[int, ...], sides: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:

@@ -1,9 +1,12 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from pgsam.sam.attention import GridAttention
 from scripts import benchmark
 
 
@@ -37,6 +40,43 @@ def test_volumes_are_what_they_are_called() -> None:
     assert dsc["good"] > 0.95 > dsc["messy"]
 
 
+TINY = ["--stage", "volumetric", "--grid", "2", "--window", "3", "--width", "64", "--depth", "3", "--rounds", "2"]
+
+
+def test_volumetric_stage_compares_results_and_writes_ratios(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    target = tmp_path / "figures.json"
+    assert benchmark.main([*TINY, "--json", str(target)]) == 0
+    figures = json.loads(target.read_text())
+    assert set(figures["volumetric"]) == {f"{what}, {rule}" for what in ("attention", "encoder") for rule in ("sammed3d", "separable")}
+    for entry in figures["volumetric"].values():
+        for name in ("published", "padded"):
+            low, high = entry[f"range_to_{name}"]
+            assert 0 < low <= entry[f"ratio_to_{name}"] <= high
+        assert set(entry["seconds"]) == {"published", "padded", "ours"}
+    assert figures["machine"]["grid"] == 2
+    assert capsys.readouterr().out.count("times the published way's speed") == 4
+
+
+@pytest.mark.parametrize("name", ["published", "padded"])
+def test_a_wrong_attention_cannot_win(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def off(layer: GridAttention, *tokens: torch.Tensor) -> Any:
+        return (lambda x: layer(x) + 1e-5) if name == "padded" else layer(*tokens) + 1e-5
+
+    monkeypatch.setattr(benchmark, f"{name}_attention", off)
+    with pytest.raises(AssertionError, match=f"ours differs from {name} by 1e-05"):
+        benchmark.main(TINY)
+
+
 def test_bad_flags_are_one_line(capsys: pytest.CaptureFixture) -> None:
-    assert benchmark.main(["--classes", "9"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for flags, words in (
+        (["--classes", "9"], "--classes lies between 1 and 8"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--grid", "4"], "--grid: belongs to another stage than metrics"),
+        (["--stage", "volumetric", "--shape", "9", "9", "9"], "--shape: belongs to another stage than volumetric"),
+        (["--stage", "volumetric", "--grid", "14"], "below --window"),
+        (["--stage", "volumetric", "--width", "100"], "a multiple of 64"),
+    ):
+        assert benchmark.main(flags) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
