@@ -1,0 +1,1 @@
+"""M-SAM: SAM-Med3D with a mask-enhanced adapter, clicks and refinement; only what is truly three-dimensional."""
