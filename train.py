@@ -6,6 +6,7 @@ Decathlon, then
     python train.py --root_path data/Synapse --output runs/pg_sam --warmup --AdamW                 # Meta's file at its default place
     python train.py --root_path data/Synapse --output runs/samed --module sam_lora_image_encoder --ckpt weights/sam_vit_b_01ec64.pth
     python train.py --root_path Dataset001_Liver --output runs/liver                                 # raw: prepared in data/Dataset001_Liver first
+    python train.py --root_path data/mine --output runs/prompted --module sam_promptable --target_classes liver,spleen  # for scripts/p2sam.py
     python train.py --root_path data/mine --output runs/tiny --vit_name vit_tiny --ckpt none --tune full --class_tokens text
 
 With several GPUs, and with several machines, each of which runs the same command:
@@ -21,9 +22,10 @@ prepared in --prepared, and the next time only what has changed; its test cases 
 Other label maps, windows and splits: preprocess/. A patient who is in the test list too is refused unless --allow_overlap. The output folder gets
 config.json, command.txt, env.json, log.txt, history.csv, tensorboard/, last.pt and, at the end, final.safetensors, which test.py and infer_demo.py
 read. With --val_share 0.1 (of the patients) or --val_list, DSC by organ on whole volumes that are not trained on goes into history.csv every
---val_interval epochs, best.safetensors is the best by mean DSC, and --patience ends a training that has stopped gaining. Defaults of a flag marked
-(by module) are those of the published method; --root_path and --output default to the names that PG-SAM's README uses. PG-SAM's organ reports are
-built in; --reports gives others, and --slice_reports adds one on each slice.
+--val_interval epochs (sam_promptable: the mean Dice of the slices that show a class, after one click in its centre), best.safetensors is the best by
+mean DSC, and --patience ends a training that has stopped gaining. Defaults of a flag marked (by module) are those of the published method;
+--root_path and --output default to the names that PG-SAM's README uses. PG-SAM's organ reports are built in; --reports gives others, and
+--slice_reports adds one on each slice.
 """
 
 import argparse
@@ -37,6 +39,7 @@ from pgsam.errors import Parser, UserError, reports_user_errors
 
 if TYPE_CHECKING:
     from datasets.layout import DataFolder
+    from datasets.slices import SliceDataset
     from pgsam.engine.distributed import World
     from pgsam.engine.text_flags import SliceTextReader
     from pgsam.engine.train import Recipe
@@ -65,11 +68,25 @@ PG_SAM_RECIPE = {
     "augment": "hsam",
     "loss_resolution": "both",
 }
+# P2SAM's fine-tuning: LoRA of rank 1 at 1024 px, AdamW, 100 epochs (polyps; 36 on CT). Its rate of 1e-4 is scaled by batch / 256 without a word,
+# to 1.6e-6; here it is as it says.
+PROMPTABLE_RECIPE = {
+    "img_size": 1024,
+    "base_lr": 1e-4,
+    "max_epochs": 100,
+    "batch_size": 4,
+    "weight_decay": 0.05,
+    "rank": 1,
+    "warmup": True,
+    "AdamW": True,
+    "augment": "affine",
+}
 MOST_CLASSES = 255
 RECIPES: dict[str, dict[str, Any]] = {
     "pg_sam": PG_SAM_RECIPE,
     "sam_lora_image_encoder": SAMED_RECIPE,
     "sam_lora_image_encoder_mask_decoder": SAMED_RECIPE,
+    "sam_promptable": PROMPTABLE_RECIPE,
 }
 # Flags that only a module with text knows: name in args -> its default there.
 PRIOR_FLAGS = {"class_tokens": "learned", "aligner": "gated", "fusion": "gated", "refine_steps": 3, "alignment_weight": 0.5, "deep_weight": 0.5}
@@ -82,6 +99,7 @@ def build_parser() -> Parser:
     from datasets.labels import DATASETS
     from pgsam.engine.device import DEVICES
     from pgsam.engine.flags import add_deterministic
+    from pgsam.engine.prompt_flags import add_prompt_flags
     from pgsam.engine.text_flags import add_slice_report_flags
     from pgsam.engine.train import AMP
     from pgsam.losses import REDUCTIONS
@@ -109,20 +127,20 @@ def build_parser() -> Parser:
     add("--vit_name", default="vit_b", choices=list(VITS), help="image encoder (default %(default)s)")
     add("--ckpt", help="official SAM file (default checkpoints/<Meta's name>), or none for a random start")
     add("--lora_ckpt", help="start from the trained tensors of this checkpoint (ours or SAMed's .pth)")
-    add("--rank", type=int, help="rank of LoRA (default 4)")
+    add("--rank", type=int, help="rank of LoRA (default 4; 1 for sam_promptable)")
     add("--tune", default="lora", choices=("lora", "full"), help="train LoRA, prompt encoder and decoder, or every parameter")
     add("--img_size", type=int, help="side of the network's input, a multiple of 16 (by module)")
-    add("--input_size", type=int, default=224, help="slices go to this size first, then to img_size (default %(default)s)")
+    add("--input_size", type=int, help="slices go to this size first, then to img_size (default 224; img_size for sam_promptable)")
     add("--augment", choices=list(AUGMENTATIONS), help="augmentation (by module)")
     add("--max_epochs", type=int, help="length of the learning-rate schedule (by module)")
     add("--stop_epoch", type=int, help="train this many epochs (by module, at most max_epochs)")
-    add("--batch_size", type=int, default=12, help="slices a step (default %(default)s)")
+    add("--batch_size", type=int, help="slices a step (default 12; 4 for sam_promptable)")
     add("--base_lr", type=float, help="learning rate after the warm-up (by module)")
     add("--warmup", action=switch, default=None, help="linear warm-up (by module)")
     add("--warmup_period", type=int, default=250, help="steps of the warm-up (default %(default)s)")
     add("--AdamW", action=switch, default=None, help="AdamW instead of SGD (by module)")
     add("--weight_decay", type=float, help="default 0.1 for AdamW, 1e-4 for SGD")
-    add("--dice_param", type=float, default=0.8, help="weight w of Dice in (1 - w) CE + w Dice (default %(default)s)")
+    add("--dice_param", type=float, help="weight w of Dice in (1 - w) CE + w Dice (default 0.8)")
     add("--loss_resolution", choices=("low", "both"), help="loss at a quarter of img_size, or there and at img_size (by module)")
     add("--class_tokens", choices=CLASS_TOKENS, help="class tokens of PG-SAM: learned, or made from the organ reports (default learned)")
     add("--aligner", choices=(*ALIGNERS, NO_ALIGNER), help="FGMPA: ours, the paper's equations, or none (default gated)")
@@ -134,11 +152,11 @@ def build_parser() -> Parser:
     add("--text_encoder", help=f"name or folder of a transformers text model (default {BUILTIN_ENCODER}, embedded already)")
     add("--text_lora", type=int, help="rank of LoRA in the text encoder, which then runs at every step (default 0: frozen)")
     add_slice_report_flags(parser)
+    add_prompt_flags(parser)
     add(
         "--dice_reduction",
-        default="batch",
         choices=REDUCTIONS,
-        help="Dice of the whole batch (SAMed), or of each slice (default %(default)s)",
+        help="Dice of the whole batch (SAMed), or of each slice (default batch)",
     )
     add("--amp", default="off", choices=list(AMP), help="forward pass in half precision; losses stay float32 (default %(default)s)")
     add("--grad_accum", type=int, default=1, help="micro-batches of --batch_size an update (default %(default)s)")
@@ -165,12 +183,18 @@ def build_parser() -> Parser:
 def resolve(args: argparse.Namespace) -> None:
     """Fills in the defaults that depend on the module and checks every value that needs no file."""
     from pgsam.engine.flags import check_img_size, require_at_least
+    from pgsam.engine.prompt_flags import resolve_prompts
+    from pgsam.models import PROMPTED
     from pgsam.sam.build import vit_sizes
 
     recipe = RECIPES[args.module]
     for name, value in recipe.items():
-        if getattr(args, name) is None and name != "stop_epoch":
+        if getattr(args, name) is None and name not in ("stop_epoch", "rank"):
             setattr(args, name, value)
+    args.batch_size = 12 if args.batch_size is None else args.batch_size
+    if args.input_size is None:
+        args.input_size = args.img_size if args.module in PROMPTED else 224
+    resolve_prompts(args)
     if args.stop_epoch is None:
         args.stop_epoch = min(recipe.get("stop_epoch", args.max_epochs), args.max_epochs)
     require_at_least(args, num_classes=1, rank=1, input_size=16, max_epochs=1, stop_epoch=1, batch_size=1)
@@ -191,7 +215,7 @@ def resolve(args: argparse.Namespace) -> None:
     if args.tune == "full" and args.rank is not None:
         raise UserError(f"--rank {args.rank}: --tune full trains every parameter and has no LoRA; leave --rank out")
     if args.tune == "lora" and args.rank is None:
-        args.rank = 4
+        args.rank = recipe.get("rank", 4)
     if args.rank is not None and args.rank > vit_sizes(args.vit_name).out_chans:
         raise UserError(f"--rank {args.rank}: expected at most {vit_sizes(args.vit_name).out_chans}, the decoder's width")
     if args.tune == "full" and args.module == "sam_lora_image_encoder_mask_decoder":
@@ -373,14 +397,14 @@ def choose_run(args: argparse.Namespace) -> bool:
     return False
 
 
-def commands(argv: list[str], world: "World") -> tuple[list[str], str]:
+def commands(argv: list[str], world: "World", program: str = "train.py") -> tuple[list[str], str]:
     """This command, and a line for a shell that goes on with its run."""
     import os
     import shlex
 
-    start = ["python", "train.py"]
+    start = ["python", program]
     if world.size > 1:
-        start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(world.size)), "train.py"]
+        start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(world.size)), program]
     resumes = any(word == "--resume" or word.startswith("--resume=") for word in argv)
     return [*start, *argv], shlex.join([*start, *argv, *(() if resumes else ("--resume", "auto"))])
 
@@ -390,13 +414,16 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
     from datasets.augment import AUGMENTATIONS
     from datasets.held_out import hold_out_list, hold_out_share
     from datasets.slices import SliceDataset
+    from datasets.targets import TargetSlices
     from pgsam.engine.checkpoint import start_from, with_told
     from pgsam.engine.flags import jsonable, resolve_ckpt
+    from pgsam.engine.prompt_flags import choose_targets
     from pgsam.engine.run_folder import RunFolder, newest_state
     from pgsam.engine.text_flags import SliceTextReader, read_store
     from pgsam.engine.train import Trainer, seed_everything, write_provenance
     from pgsam.engine.validate import Validation
-    from pgsam.models import build_model
+    from pgsam.engine.validate_prompts import PromptValidation
+    from pgsam.models import PROMPTED, build_model
     from pgsam.models.pg_sam import text_dim
     from pgsam.sam.weights import require_file
     from pgsam.tuning.trainable import trainable_report
@@ -416,14 +443,14 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
     elif args.val_share is not None:
         folder, held_out = hold_out_share(folder, args.val_share, args.seed)
     names = class_names_of(folder, args)
-    dataset = SliceDataset(
-        folder,
-        num_classes=len(names),
-        img_size=args.img_size,
-        input_size=args.input_size,
-        seed=args.seed,
-        augment=AUGMENTATIONS[args.augment],
-    )
+    sizes = {"num_classes": len(names), "img_size": args.img_size, "input_size": args.input_size}
+    drawn = {"seed": args.seed, "augment": AUGMENTATIONS[args.augment]}
+    classes = choose_targets(args.target_classes, names) if args.module in PROMPTED else names
+    if args.module in PROMPTED:
+        dataset: SliceDataset = TargetSlices(folder, targets=[names.index(name) + 1 for name in classes], **sizes, **drawn)
+        folder = dataset.folder
+    else:
+        dataset = SliceDataset(folder, **sizes, **drawn)
     store = read_store(args)
     seed_everything(args.seed, bool(args.deterministic))
     options = options_of(args, slice_text=store is not None)
@@ -431,15 +458,15 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
         args.module,
         vit_name=args.vit_name,
         img_size=args.img_size,
-        num_classes=len(names),
-        class_names=names,
+        num_classes=len(classes),
+        class_names=classes,
         rank=args.rank or 4,
         ckpt=ckpt,
         checkpointing=args.checkpointing,
         **options,
         **text_settings_of(args),
     )
-    card = with_told(card_of(folder, names, ckpt, options, args), model)
+    card = with_told(card_of(folder, classes, ckpt, options, args), model)
     if args.lora_ckpt is not None:
         start_from(model, args.lora_ckpt, card)
     reader = None
@@ -447,7 +474,9 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
         encoder = None if args.text_lora else args.text_encoder
         reader = SliceTextReader(store, encoder=encoder, dim=text_dim(model), allow_missing=args.allow_missing_text)
         dataset.texts, dataset.missing_text = reader.read(dataset.names), reader.missing
-    validation = Validation(held_out, card, world, texts=reader) if held_out is not None else None
+    validation: Validation | PromptValidation | None = None
+    if held_out is not None:
+        validation = PromptValidation(held_out, card, names, world) if args.module in PROMPTED else Validation(held_out, card, world, texts=reader)
     recipe = recipe_of(args, world.device.type)
     command, again = commands(argv, world)
     state, warning = newest_state(args.output) if resuming else (None, None)
@@ -473,6 +502,7 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
         warning,
         trainable_report(model),
         *texts_report(model, reader, len(names)),
+        *targets_report(dataset, classes),
         *label_warning(store),
         *(validation.describe() if validation else ()),
     ):
@@ -497,7 +527,7 @@ def recipe_of(args: argparse.Namespace, device_type: str) -> "Recipe":
         "dice_reduction",
         "amp",
     )
-    same += ("grad_accum", "grad_clip", "compile", "channels_last", "save_interval", "shard")
+    same += ("grad_accum", "grad_clip", "compile", "channels_last", "save_interval", "shard", "prompt_rounds")
     return Recipe(
         **{name: getattr(args, name) for name in same},
         warmup_period=args.warmup_period if args.warmup else 0,
@@ -521,6 +551,15 @@ def texts_report(model: "SliceModel", reader: "SliceTextReader | None", num_clas
     if reader is not None:
         lines.append(reader.summary())
     return lines
+
+
+def targets_report(dataset: "SliceDataset", classes: Sequence[str]) -> list[str]:
+    """A line on what is looked for."""
+    from datasets.targets import TargetSlices
+
+    if not isinstance(dataset, TargetSlices):
+        return []
+    return [f"targets: {', '.join(classes)}; {dataset.left_out} slices that show none of them are left out"]
 
 
 def label_warning(store: "SliceReports | None") -> list[str]:

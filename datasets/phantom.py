@@ -197,7 +197,7 @@ def make_phantom(case: int, shape: Sequence[int] = DEFAULT_SHAPE, spacing_mm: Se
 # Files ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def _write_nifti(path: Path, array: np.ndarray, spacing_mm: Point, origin_mm: Point) -> None:
+def write_las(path: Path, array: np.ndarray, spacing_mm: Point, origin_mm: Point) -> None:
     """Writes (D, H, W) with D to superior, H to anterior, W to left; `origin_mm` is the first voxel's centre in LPS."""
     image = SimpleITK.GetImageFromArray(array)
     image.SetSpacing(spacing_mm[::-1])
@@ -240,8 +240,8 @@ def write_btcv(
         origin = (-extent[2] / 2, extent[1] / 2, bed)
         folder = Path(root) / split
         paths = folder / "img" / f"img{case:04d}.nii.gz", folder / "label" / f"label{case:04d}.nii.gz"
-        _write_nifti(paths[0], phantom.image_hu, phantom.spacing_mm, origin)
-        _write_nifti(paths[1], phantom.labels, phantom.spacing_mm, origin)
+        write_las(paths[0], phantom.image_hu, phantom.spacing_mm, origin)
+        write_las(paths[1], phantom.labels, phantom.spacing_mm, origin)
         written.append(paths)
     return written
 

@@ -5,26 +5,50 @@ import os
 import re
 import signal
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from datasets.slices import SliceDataset
-
 _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")  # torch's words for a worker that was killed or ended by itself
 
 
+class TrainingSet(Protocol):
+    """What a model can be trained on; an item is asked for by epoch and index."""
+
+    unit: str  # what one item is called
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the items, each once."""
+        ...
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The file of each item."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]: ...
+
+    def cases(self) -> Sequence[str]:
+        """The scans that they are of."""
+        ...
+
+
 class WatchedSlices(Dataset):
-    """Slices as they are; every process that reads them notes in shared memory which one it is at.
+    """Slices or crops as they are; every process that reads them notes in shared memory which one it is at.
 
     Args:
         slices: the dataset.
         num_workers: data loading processes; 0 notes nothing.
     """
 
-    def __init__(self, slices: SliceDataset, num_workers: int) -> None:
+    def __init__(self, slices: TrainingSet, num_workers: int) -> None:
         self.slices = slices
         self._notes = torch.zeros(num_workers, 3, dtype=torch.int64).share_memory_()  # (workers, 3): process, index, whether it is being read
         self._shield = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -84,6 +108,6 @@ class WatchedSlices(Dataset):
         ]
         cause = (str(error).strip() or type(error).__name__).splitlines()[0].strip().rstrip(".")
         return (
-            f"{', '.join(places) or 'no slice yet'}: the data loading process at it died ({cause}); is the memory full? Use a smaller --num_workers, "
-            "or --num_workers 0 to see what is wrong with the file"
+            f"{', '.join(places) or f'no {self.slices.unit} yet'}: the data loading process at it died ({cause}); is the memory full? Use a smaller "
+            "--num_workers, or --num_workers 0 to see what is wrong with the file"
         )

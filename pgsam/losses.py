@@ -1,4 +1,4 @@
-"""Segmentation losses: cross-entropy plus soft Dice with squared denominators, as SAMed (arXiv 2304.13785) and PG-SAM train with.
+"""Segmentation losses: cross-entropy plus soft Dice with squared denominators, as SAMed (arXiv 2304.13785) and PG-SAM train; P2SAM's and M-SAM's.
 
 SAMed weighs them 0.2 and 0.8 and takes them on the low-resolution logits only; PG-SAM (its equation 8) sums them over the low-resolution
 and the full-size logits. Nothing here waits for the device: losses stay tensors, and the operations have deterministic backward passes
@@ -190,6 +190,90 @@ class SegmentationLoss(nn.Module):
         """The settings, for `repr`."""
         extra = f", alignment_weight={self.alignment_weight}, deep_weight={self.deep_weight}"
         return f"dice_weight={self.dice_weight}, resolution={self.resolution!r}{extra}, dice_reduction={self.dice_reduction!r}"
+
+
+class PromptLoss(nn.Module):
+    """`Dice + focal_weight * focal + (predicted IoU - true IoU)^2` of a promptable model's answers, as P2SAM tunes SAM with.
+
+    The single answer (mask token 0) is trained as such. Of the three others the one with the smallest loss is, and the IoU of all three, as SAM
+    trains its answers to ambiguous prompts (Kirillov et al. 2023, arXiv 2304.02643, section 3). It is done whatever the prompts, since the cascade
+    of the one-shot methods asks for the three after points, masks and boxes; P2SAM leaves them as they are.
+
+    Args:
+        focal_weight: of the focal loss.
+    """
+
+    def __init__(self, focal_weight: float = 20.0) -> None:
+        super().__init__()
+        self.focal_weight = focal_weight
+
+    def forward(self, logits: Tensor, iou: Tensor, target: Tensor, share: Share = WHOLE) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its detached parts, means over the batch, weighted as `share` says; all scalar tensors.
+
+        `total = parts["dice"] + focal_weight * parts["focal"] + parts["iou"] + parts["multi"]`; the last is the three answers' loss.
+
+        Args:
+            logits: `(B, 4, h, w)` of all mask tokens.
+            iou: `(B, 4)` as predicted.
+            target: `(B, h, w)` bool.
+            share: what part of an update this batch is.
+        """
+        logits, iou, wanted = _at_least_float32(logits), _at_least_float32(iou), target[:, None].expand(-1, logits.shape[1], -1, -1)
+        dice, focal = mask_dice_loss(logits, wanted), focal_loss(logits, wanted)  # (B, 4)
+        off = (iou - mask_iou(logits > 0, wanted)).square()
+        best = (dice + self.focal_weight * focal)[:, 1:].amin(dim=1)
+        parts = {"dice": dice[:, 0], "focal": focal[:, 0], "iou": off[:, 0], "multi": best + off[:, 1:].mean(dim=1)}
+        means = {name: share.weigh_mean(part.mean()) for name, part in parts.items()}
+        total = means["dice"] + self.focal_weight * means["focal"] + means["iou"] + means["multi"]
+        return total, {name: part.detach() for name, part in means.items()}
+
+
+def mask_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """`1 - (2 sum(p t) + 1e-5) / (sum(p) + sum(t) + 1e-5)` of single masks, p the sigmoid: `(..., h, w)` -> `(...)`.
+
+    No squares, unlike `dice_loss`.
+    """
+    shares, wanted = logits.sigmoid(), target.to(logits.dtype)
+    both = (shares * wanted).sum((-2, -1))
+    return 1 - (2 * both + SMOOTH) / (shares.sum((-2, -1)) + wanted.sum((-2, -1)) + SMOOTH)
+
+
+def focal_loss(logits: Tensor, target: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """`-a (1 - q)^gamma log q`, the mean over pixels: `(..., h, w)` -> `(...)` (Lin et al. 2017, arXiv 1708.02002, equation 5).
+
+    q is the probability given to what the pixel is; a is `alpha` in the object and `1 - alpha` outside.
+    """
+    wanted = target.to(logits.dtype)
+    surprise = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")  # -log q
+    weight = alpha * wanted + (1 - alpha) * (1 - wanted)
+    return (weight * (1 - (-surprise).exp()).pow(gamma) * surprise).mean((-2, -1))
+
+
+def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
+    """Intersection over union of bool masks: `(..., h, w)` -> `(...)` float32; 1 where both are empty."""
+    both, either = (prediction & target).sum((-2, -1)), (prediction | target).sum((-2, -1))
+    return torch.where(either > 0, both / either.clamp_min(1), 1.0)
+
+
+def dice_and_bce(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Soft Dice with squared denominators, as `dice_loss`, and binary cross-entropy, a sample each: M-SAM's loss of one answer is their sum.
+
+    The Dice loss is `1 - (2 sum(p t) + 1e-5) / (sum(p^2) + sum(t^2) + 1e-5)`, p the sigmoid; the cross-entropy is the mean over pixels or voxels.
+    (With the library that M-SAM pins the cross-entropy of one channel is always 0; here it is not.)
+
+    Args:
+        logits: `(B, ...)` floating point; half precision is taken up to float32.
+        target: bool, of the same shape.
+
+    Returns two tensors `(B,)`. Raises ValueError on shapes that differ.
+    """
+    if logits.shape != target.shape:
+        raise ValueError(f"expected logits and target of one shape, got {tuple(logits.shape)} and {tuple(target.shape)}")
+    logits = _at_least_float32(logits).flatten(1)
+    shares, wanted = logits.sigmoid(), target.flatten(1).to(logits.dtype)
+    both, either = (shares * wanted).sum(1), shares.square().sum(1) + wanted.sum(1)
+    dice = 1 - (2 * both + SMOOTH) / (either + SMOOTH)
+    return dice, functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
 
 
 def _is_label(labels: Tensor, channels: int) -> Tensor:

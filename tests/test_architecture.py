@@ -45,7 +45,14 @@ def test_models_import_rooms_and_never_the_engine_or_another_paper() -> None:
                 assert name in ("pgsam.models.base", "pgsam.models.card"), (path, name)
 
 
-@pytest.mark.parametrize("name", ["metrics", "losses", "volume", "resample", "errors", "box_plot"])
+@pytest.mark.parametrize("own", ["oneshot", "volumetric"])
+def test_what_stands_beside_the_models_knows_rooms_and_the_ground_floor(own: str) -> None:
+    for path in files(f"pgsam/{own}"):
+        allowed = {own, "sam", "tuning", "clicks", "errors", "losses", "volume", "volume_io", "resample", "metrics", "overlay"}
+        assert {room(name) for name in imports_of(path)} <= allowed, path
+
+
+@pytest.mark.parametrize("name", ["metrics", "clicks", "losses", "volume", "resample", "errors", "box_plot"])
 def test_ground_floor_imports_nothing_of_ours(name: str) -> None:
     assert imports_of(ROOT / "pgsam" / f"{name}.py") <= {"pgsam.errors"}
 

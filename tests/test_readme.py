@@ -9,16 +9,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pgsam.prior.reports import builtin_reports
+from pgsam.volume_io import read_volume, write_volume
 
 ROOT = Path(__file__).resolve().parents[1]
 BY_HAND = {"scripts/demo.sh", "scripts/test.sh"}  # from a fresh clone, by hand and by CI
 NETWORK = {"scripts/download_weights.py"}  # tests/scripts/test_download_weights.py runs it against a server of its own
-LONG = {"scripts/train_real_ct.sh", "scripts/train_demo.sh", "scripts/ablate_phantoms.sh"}  # 20 minutes to two hours
+# 20 minutes to two hours
+LONG = {
+    "scripts/train_real_ct.sh",
+    "scripts/train_demo.sh",
+    "scripts/train_demo_promptable.sh",
+    "scripts/ablate_phantoms.sh",
+}  # 20 minutes to two hours
 # What is added to a command so that it ends soon; the rest of it is the README's.
-SHORTENED = {"train.py": ["--stop_epoch", "1", "--batch_size", "2"], "scripts/benchmark.py": ["--shape", "40", "96", "96", "--rounds", "1"]}
+SHORTENED = {
+    "train.py": ["--stop_epoch", "1", "--batch_size", "2"],
+    "scripts/train_msam.py": ["--stop_epoch", "1"],
+    "scripts/benchmark.py": ["--shape", "40", "96", "96", "--rounds", "1"],
+}
 
 
 def readme_commands() -> list[list[str]]:
@@ -78,6 +90,10 @@ def test_readme_commands_run(sam_vit_b_file: Path, tmp_path: Path) -> None:
         if program == "datasets/phantom.py":
             img, label = tmp_path / "data/raw/Training/img", tmp_path / "data/raw/Training/label"
             shutil.copy(img / "img0022.nii.gz", tmp_path / "scan.nii.gz")
+            labelled = read_volume(label / "label0022.nii.gz")
+            middle = int(np.bincount(labelled.array.nonzero()[0]).argmax())
+            labelled.array[[index for index in range(len(labelled.array)) if index != middle]] = 0
+            write_volume(tmp_path / "few_slices.nii.gz", labelled.array, labelled)
             for folder, source in (("scans", img / "img"), ("labels", label / "label")):
                 (tmp_path / folder).mkdir()
                 for number in (8, 22):
@@ -89,6 +105,9 @@ def test_readme_commands_run(sam_vit_b_file: Path, tmp_path: Path) -> None:
                 (lists / name).write_text("".join(f"{lines[index]}\n" for index in kept))
     assert (tmp_path / "out/scan_seg.nii.gz").is_file()
     assert (tmp_path / "out_all/case22_difference.png").is_file()
+    assert (tmp_path / "out_slices/scan_seg.nii.gz").is_file()
+    assert (tmp_path / "results/msam/metrics.json").is_file()
+    assert (tmp_path / "out_lesion/scan_seg.nii.gz").is_file()
     assert (tmp_path / "runs/long/best.safetensors").is_file()
     assert (tmp_path / "runs/two/final.safetensors").is_file()
     for results in ("results/samed", "results/retold", "test_output"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pgsam.engine.device import git_commit, pick_device
 from pgsam.errors import UserError
-from pgsam.models import BUILDERS, READS_TEXT, resolve_class_names
+from pgsam.models import BUILDERS, PROMPTED, READS_TEXT, resolve_class_names
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.pg_sam import PGSam, Told, replace_reports, require_encoder, tune_text_encoder
@@ -28,6 +28,7 @@ from pgsam.prior.text_encoder import load_text_encoder
 from pgsam.sam.build import VITS
 from pgsam.sam.weights import OFFICIAL_FILES, fit_sam, read_sam, read_state_dict, require_file, resize_positions, sha256_of, vit_of
 from pgsam.volume_io import replacing
+from pgsam.volumetric.model import M_SAM
 
 METADATA_KEY = "pgsam"
 SAMED_IMG_SIZE, SAMED_INPUT_SIZE = 512, 224  # what SAMed's files were trained with and do not say
@@ -69,7 +70,12 @@ def read_card(path: str | Path) -> ModelCard:
     return _read_release(path, tensors=False)[0] if path.suffix == ".safetensors" else _read_samed(path)[0]
 
 
-def _read_release(path: Path, *, tensors: bool = True) -> tuple[ModelCard, dict[str, Tensor]]:
+def read_release(path: Path, *, tensors: bool = True) -> tuple[ModelCard, dict[str, Tensor]]:
+    """The card of a release file of any module and, with `tensors`, what it holds.
+
+    Raises:
+        UserError: it is damaged, or not written by PG-SAM.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -78,7 +84,14 @@ def _read_release(path: Path, *, tensors: bool = True) -> tuple[ModelCard, dict[
         raise UserError(f"{path}: expected a .safetensors checkpoint, found a damaged or truncated file ({error})") from error
     if METADATA_KEY not in metadata:
         raise UserError(f"{path}: expected a checkpoint written by PG-SAM, found a .safetensors without a model card")
-    card = ModelCard.from_json(metadata[METADATA_KEY], str(path))
+    return ModelCard.from_json(metadata[METADATA_KEY], str(path)), state
+
+
+def _read_release(path: Path, *, tensors: bool = True) -> tuple[ModelCard, dict[str, Tensor]]:
+    """As `read_release`, of a model of slices."""
+    card, state = read_release(path, tensors=tensors)
+    if card.module == M_SAM:
+        raise UserError(f"{path}: expected a model of slices, found one of volumes, {M_SAM}; use scripts/test_msam.py or scripts/segment_lesion.py")
     if card.module not in BUILDERS or card.vit_name not in VITS:
         raise UserError(f"{path}: expected a module and a ViT of this version, found {card.module} with {card.vit_name}; update PG-SAM")
     return card, state
@@ -257,6 +270,8 @@ def start_from(model: SliceModel, checkpoint: str | Path, card: ModelCard) -> No
     ours = path.suffix == ".safetensors"
     other, state = _read_release(path) if ours else _read_samed(path)
     for name in ("module", "vit_name", "rank", "num_classes", "class_tokens", "options", "text_encoder_sha256"):
+        if name == "num_classes" and card.module in PROMPTED:  # no tensor knows them
+            continue
         if getattr(other, name) != getattr(card, name):
             raise UserError(f"{path}: expected {name} {getattr(card, name)} as in this run, found {getattr(other, name)}")
     if None not in (other.sam_sha256, card.sam_sha256) and other.sam_sha256 != card.sam_sha256:

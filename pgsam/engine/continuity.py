@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.slices import SliceDataset
+from datasets.workers import TrainingSet
 from pgsam.errors import UserError
 
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch's words after the name of an operation
@@ -31,10 +31,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Sequenc
     return [f"{name} {short(before.get(name))}, now {short(now.get(name))}" for name in names]
 
 
-def data_mark(dataset: SliceDataset) -> dict[str, Any]:
-    """What tells one training set from another: the number of slices, and a hash of their names in order.
+def data_mark(dataset: TrainingSet) -> dict[str, Any]:
+    """What tells one training set from another: the number of slices or crops, and a hash of their names in order.
 
-    Nothing of the pixels: a slice that stopped the run may be repaired before it goes on.
+    Nothing of the pixels: a file that stopped the run may be repaired before it goes on.
     """
     return {"slices": len(dataset), "sha256": hashlib.sha256("\n".join(dataset.names).encode()).hexdigest()}
 

@@ -12,7 +12,7 @@ from pgsam.engine.checkpoint import load_model, read_card
 from pgsam.engine.device import DEVICES, REPOSITORY
 from pgsam.engine.text_flags import add_slice_report_flags
 from pgsam.errors import Parser, UserError
-from pgsam.models import BUILDERS
+from pgsam.models import BUILDERS, PROMPTED
 from pgsam.models.base import SliceModel
 from pgsam.sam.build import VITS
 from pgsam.sam.weights import OFFICIAL_FILES
@@ -154,6 +154,8 @@ def open_model(args: argparse.Namespace, device: torch.device) -> SliceModel:
     """
     path: Path = args.checkpoint
     card = read_card(path)
+    if card.module in PROMPTED:
+        raise UserError(f"{path}: segments what a prompt or an example points at, not classes; use scripts/p2sam.py --ckpt with it")
     samed = path.suffix != ".safetensors"  # SAMed's files say nothing of sizes: there the flags choose them
     sizes = ("img_size", "input_size")
     for name in ("module", "vit_name", "rank", "num_classes", *(() if samed else sizes)):

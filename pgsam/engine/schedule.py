@@ -1,5 +1,7 @@
 """The learning rate as a pure function of the step, so that resuming needs no scheduler state."""
 
+from collections.abc import Sequence
+
 
 def learning_rate(step: int, *, base_lr: float, total_steps: int, warmup_steps: int = 0, power: float = 0.9) -> float:
     """SAMed's rate for the optimiser step number `step` (from 0): linear warm-up, then polynomial decay.
@@ -18,3 +20,8 @@ def learning_rate(step: int, *, base_lr: float, total_steps: int, warmup_steps: 
     if before < warmup_steps:
         return base_lr * (before + 1) / warmup_steps
     return base_lr * (1.0 - min(before - warmup_steps, total_steps) / total_steps) ** power
+
+
+def stepwise_rate(epoch: int, *, base_lr: float, milestones: Sequence[int], gamma: float) -> float:
+    """The rate in an epoch (from 0) that is multiplied by `gamma` when as many epochs are done as a milestone says; constant without milestones."""
+    return base_lr * gamma ** sum(epoch >= milestone for milestone in milestones)

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,24 +28,23 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from datasets.order import MicroBatch, UpdateSampler
-from datasets.slices import SliceDataset
-from datasets.workers import WatchedSlices
+from datasets.workers import TrainingSet, WatchedSlices
 from pgsam.engine.board import write_validation
 from pgsam.engine.checkpoint import save_release, save_training_state, trained_state
 from pgsam.engine.continuity import bytes_of, data_mark, differences, not_deterministic, peak_memory_gib, require_space, rng_state, set_rng_state
 from pgsam.engine.device import environment
 from pgsam.engine.distributed import World, shard_frozen, whole
 from pgsam.engine.interruption import Interrupted, Interruption
-from pgsam.engine.predict import texts_to
+from pgsam.engine.objective import Objective, PromptObjective, Refinement, SemanticObjective, VolumeObjective, volume_groups
 from pgsam.engine.run_folder import RunFolder
-from pgsam.engine.schedule import learning_rate
-from pgsam.engine.validate import Validation, describe_validation
+from pgsam.engine.schedule import learning_rate, stepwise_rate
 from pgsam.errors import UserError
 from pgsam.losses import SegmentationLoss, Share
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.sam.weights import sha256_of
 from pgsam.tuning.trainable import trainable_count
+from pgsam.volumetric.model import VolumetricSam
 
 STATE_FORMAT = 2
 SAVE_SECONDS = 600.0  # between training states, where no number of steps is asked for
@@ -81,6 +80,26 @@ class Recipe:
     val_interval: int = 1
     patience: int | None = None
     shard: bool = False
+    prompt_rounds: int | None = None
+    milestones: tuple[int, ...] | None = None  # epochs after which the rate is multiplied by gamma, in place of warm-up and decay
+    gamma: float | None = None
+    refinement: Refinement | None = None
+
+
+def build_objective(recipe: Recipe, device: torch.device) -> Objective:
+    """What the recipe trains for: lesions in volumes, where it says how they are asked for; prompts, where it says how many rounds; else classes."""
+    if recipe.refinement is not None:
+        return VolumeObjective(recipe.refinement, recipe.seed, device)
+    if recipe.prompt_rounds is not None:
+        return PromptObjective(recipe.prompt_rounds, recipe.seed, device, channels_last=recipe.channels_last)
+    criterion = SegmentationLoss(
+        recipe.dice_param,
+        recipe.loss_resolution,
+        alignment_weight=recipe.alignment_weight,
+        deep_weight=recipe.deep_weight,
+        dice_reduction=recipe.dice_reduction,
+    )
+    return SemanticObjective(criterion, device, channels_last=recipe.channels_last)
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -101,15 +120,22 @@ def default_workers(device_type: str) -> int:
     return 0 if device_type == "cpu" else min(8, os.cpu_count() or 1)
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW (weight decay 0.1) or SGD (momentum 0.9, weight decay 1e-4), SAMed's settings."""
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The trained parameters in groups, each with its share `rate` of the learning rate."""
+    if recipe.refinement is not None:
+        return volume_groups(model, recipe.refinement.decoder_rate)
+    return [{"params": [p for p in model.parameters() if p.requires_grad], "rate": 1.0}]
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW (weight decay 0.1) or SGD (momentum 0.9, weight decay 1e-4), SAMed's settings; of parameters, or groups of them."""
+    parts: list[Any] = list(parameters)
     if recipe.adamw:
         decay = 0.1 if recipe.weight_decay is None else recipe.weight_decay
-        parameters = list(parameters)
-        fused = all(p.is_cuda for p in parameters)
-        return torch.optim.AdamW(parameters, lr=recipe.base_lr, betas=(0.9, 0.999), weight_decay=decay, fused=fused or None)
+        fused = all(p.is_cuda for part in parts for p in (part["params"] if isinstance(part, dict) else [part]))
+        return torch.optim.AdamW(parts, lr=recipe.base_lr, betas=(0.9, 0.999), weight_decay=decay, fused=fused or None)
     decay = 1e-4 if recipe.weight_decay is None else recipe.weight_decay
-    return torch.optim.SGD(parameters, lr=recipe.base_lr, momentum=0.9, weight_decay=decay)
+    return torch.optim.SGD(parts, lr=recipe.base_lr, momentum=0.9, weight_decay=decay)
 
 
 # What of the recipe may differ between the start of a run and its continuation: how long it trains, how it is watched, and how the machine does it.
@@ -117,7 +143,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch
 FREE = ("stop_epoch", "num_workers", "compile", "save_interval", "val_interval", "patience", "batch_size", "grad_accum", "deterministic", "shard")
 # As flags of train.py, besides: places, of which the content is compared in the model card or by `data_mark`, and what the card says anyway.
 PLACES = ("config", "resume", "output", "root_path", "prepared", "list_dir", "val_list", "ckpt", "lora_ckpt", "text_encoder", "reports")
-FREE_FLAGS = (*FREE, *PLACES, "allow_overlap", "num_classes", "dataset", "device", "checkpointing")
+VOLUME_PLACES = ("work_dir", "task_name", "checkpoint", "cache_gib")  # of scripts/train_msam.py
+FREE_FLAGS = (*FREE, *PLACES, *VOLUME_PLACES, "allow_overlap", "num_classes", "dataset", "device", "checkpointing")
 
 
 @dataclass
@@ -138,6 +165,25 @@ class Means:
         return {name: value / self.count for name, value in self.sums.items()}
 
 
+class Watch(Protocol):
+    """What is done with held-out cases in the course of a training: `Validation`, `PromptValidation` and `VolumeValidation`."""
+
+    pictures: dict[str, np.ndarray]  # of the last time, name -> (h, w, 3) uint8
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the cases."""
+        ...
+
+    def __call__(self, model: Any, epoch: int) -> dict[str, float | None]:
+        """Numbers for `history.csv`, by name; `val_dsc` chooses the best model."""
+        ...
+
+    def in_words(self, found: Mapping[str, float | None]) -> str:
+        """What a call gave, for the log."""
+        ...
+
+
 def require_finite(model: nn.Module, step: int) -> None:
     """Raises a UserError if a trained weight is not finite, so that no training state holds one."""
     broken = [name for name, p in model.named_parameters() if p.requires_grad and not bool(p.isfinite().all())]
@@ -149,11 +195,11 @@ def require_finite(model: nn.Module, step: int) -> None:
 
 
 class Trainer:
-    """Trains a model on slices.
+    """Trains a model on slices, or on crops of volumes.
 
     Args:
         model: with the parameters that are not trained frozen.
-        dataset: the training slices.
+        dataset: the training slices or crops.
         recipe: see `Recipe`.
         run: where everything is written, by the first process.
         card: of the release files.
@@ -166,14 +212,14 @@ class Trainer:
 
     def __init__(
         self,
-        model: SliceModel,
-        dataset: SliceDataset,
+        model: SliceModel | VolumetricSam,
+        dataset: TrainingSet,
         recipe: Recipe,
         run: RunFolder,
         card: ModelCard,
         world: World,
         *,
-        validate: Validation | None = None,
+        validate: Watch | None = None,
         flags: Mapping[str, Any] | None = None,
         again: str = "the same command with --resume auto",
     ) -> None:
@@ -184,14 +230,10 @@ class Trainer:
                 if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
                     layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.train()
-        self.optimizer = build_optimizer((p for p in model.parameters() if p.requires_grad), recipe)
-        self.criterion = SegmentationLoss(
-            recipe.dice_param,
-            recipe.loss_resolution,
-            alignment_weight=recipe.alignment_weight,
-            deep_weight=recipe.deep_weight,
-            dice_reduction=recipe.dice_reduction,
-        )
+        groups = parameter_groups(model, recipe)
+        self.rates = [group.pop("rate") for group in groups]
+        self.optimizer = build_optimizer(groups, recipe)
+        self.objective = build_objective(recipe, world.device)
         self.dtype = AMP[recipe.amp]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "fp16")
         self.sampler = UpdateSampler(
@@ -250,16 +292,16 @@ class Trainer:
     def idle_parameters(self) -> tuple[list[str], list[str]]:
         """Trained parameters that no loss reaches, and those that some batches do not reach.
 
-        The first (SAM's point and mask prompts, its IoU head) are saved, and never change; the others come with reports on slices that a text
-        encoder reads at every step, and stand for those that are absent. Found by backward passes over the first slice, which leave no trace.
+        The first (without prompts, SAM's point and mask prompts and its IoU head) are saved, and never change; the others come with reports on
+        slices that a text encoder reads at every step, and stand for those that are absent, or with one kind of prompt. Found by backward passes
+        over the first slice, which leave no trace.
         """
         state = rng_state()
         batch = default_collate([self.dataset[0, 0]])
-        words = isinstance(batch.get("text"), list)
         idle = []
-        for told in ([""], ["a report"]) if words else (batch.get("text"),):
-            arguments, named = self._inputs(batch if told is None else {**batch, "text": told})
-            self.criterion(self.model(*arguments, **named), *self._labels(batch))[0].backward()
+        for probe in self.objective.probes(batch):
+            arguments, named = self.objective.inputs(probe)
+            self.objective.loss(self.model(*arguments, **named), probe)[0].backward()
             idle.append({name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None})
             self.model.zero_grad(set_to_none=True)
         set_rng_state(state)
@@ -294,12 +336,12 @@ class Trainer:
 
     def _fit(self) -> None:
         recipe, run = self.recipe, self.run
-        cases = len(self.dataset.folder.cases())
+        cases, unit = len(self.dataset.cases()), self.dataset.unit
         self.require_space()
         if self.world.is_main:
             run.write_json("env.json", {**environment(self.world.device), "world_size": self.world.size})
         self.say(
-            f"{len(self.dataset)} slices of {cases} cases, {self.sampler.updates_per_epoch} steps an epoch, {recipe.stop_epoch} epochs "
+            f"{len(self.dataset)} {unit}s of {cases} cases, {self.sampler.updates_per_epoch} steps an epoch, {recipe.stop_epoch} epochs "
             f"on {self.world.device}" + (f", {self.world.size} processes" if self.world.size > 1 else "")
         )
         self._saved = time.monotonic()
@@ -335,7 +377,7 @@ class Trainer:
         """A bar on a terminal, nothing elsewhere."""
         total, title = len(self.dataset), f"epoch {self.epoch + 1}/{self.recipe.stop_epoch}"
         hidden = None if self.world.is_main else True  # None: hidden unless on a terminal
-        return tqdm(total=total, initial=self.done, desc=title, unit="slice", disable=hidden, leave=False, dynamic_ncols=True)
+        return tqdm(total=total, initial=self.done, desc=title, unit=self.dataset.unit, disable=hidden, leave=False, dynamic_ncols=True)
 
     def require_space(self) -> None:
         """Raises a UserError if what the run will write does not fit on the disk."""
@@ -388,34 +430,23 @@ class Trainer:
                 self._stop_if_asked(interruption)
 
     def _set_rate(self) -> None:
-        updates = self.sampler.updates_per_epoch
+        recipe, updates = self.recipe, self.sampler.updates_per_epoch
         position = self.epoch * updates + -(-self.done // self.sampler.update_size)  # the step's number, had every step been of this size
-        rate = learning_rate(
-            position, base_lr=self.recipe.base_lr, total_steps=self.recipe.max_epochs * updates, warmup_steps=self.recipe.warmup_period
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    def _inputs(self, batch: Mapping[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
-        device = self.world.device
-        images = batch["image"].to(device, non_blocking=True).expand(-1, 3, -1, -1)
-        if self.recipe.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        told = {"text": texts_to(batch["text"], device)} if "text" in batch else {}
-        return (images,), {"upscale": self.criterion.resolution == "both", **told}
-
-    def _labels(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        device = self.world.device
-        return batch["low_res_label"].to(device, non_blocking=True), batch["label"].to(device, non_blocking=True)
+        if recipe.milestones is not None and recipe.gamma is not None:
+            rate = stepwise_rate(self.epoch, base_lr=recipe.base_lr, milestones=recipe.milestones, gamma=recipe.gamma)
+        else:
+            rate = learning_rate(position, base_lr=recipe.base_lr, total_steps=recipe.max_epochs * updates, warmup_steps=recipe.warmup_period)
+        for group, share in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
 
     def _backward(self, batch: Mapping[str, Any], micro: MicroBatch) -> dict[str, Tensor]:
         """Adds the gradients of one micro-batch; returns what it adds to the loss of the update and its parts, to be summed over processes."""
         share = Share(micro.n_own / micro.n_update, micro.n_all / micro.n_update, self.world.size, self.world.sum_with_gradient)
         with self.joint.no_sync() if self.joint is not None and micro.end is None else nullcontext():
             with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None):
-                arguments, named = self._inputs(batch)
+                arguments, named = self.objective.inputs(batch)
                 outputs = self.parallel(*arguments, **named)
-            loss, parts = self.criterion(outputs, *self._labels(batch), share)
+            loss, parts = self.objective.loss(outputs, batch, share)
             self.scaler.scale(loss).backward()
         if self.recipe.compile:  # compiled code gives parameters that no loss reaches a gradient of 0, by which AdamW would let them decay
             for name in self.idle[0]:
@@ -487,7 +518,7 @@ class Trainer:
         means, rate, seconds = self.epoch_means.read(), self.optimizer.param_groups[0]["lr"], self._epoch_seconds
         self.epoch, self.done, self.epoch_means, self._epoch_seconds = self.epoch + 1, 0, Means(), 0.0
         throughput, memory = len(self.dataset) / max(seconds, 1e-9), peak_memory_gib(self.world.device)
-        said = f"loss {means['loss']:.4f}, lr {rate:.2e}, {throughput:.1f} slices/s" + (f", {memory:.2f} GiB" if memory else "")
+        said = f"loss {means['loss']:.4f}, lr {rate:.2e}, {throughput:.1f} {self.dataset.unit}s/s" + (f", {memory:.2f} GiB" if memory else "")
         self.say(f"epoch {self.epoch}/{self.recipe.stop_epoch} : {said}")
         row: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "lr": rate, **means, "seconds": round(seconds, 3)}
         if validates:
@@ -495,7 +526,7 @@ class Trainer:
         if self.world.is_main:
             self.run.history.add([row])
         if board is not None:
-            board.add_scalar("info/slices_per_second", throughput, self.step)
+            board.add_scalar(f"info/{self.dataset.unit}s_per_second", throughput, self.step)
             if memory:
                 board.add_scalar("info/memory_gib", memory, self.step)
         self.save()
@@ -514,7 +545,7 @@ class Trainer:
             self._release("best.safetensors")
         else:
             self.without_gain += 1
-        self.say(f"validation after epoch {self.epoch} : {describe_validation(found)}, best {100 * self.best:.2f}")
+        self.say(f"validation after epoch {self.epoch} : {self.validate.in_words(found)}, best {100 * self.best:.2f}")
         if board is not None:
             write_validation(board, found, self.validate.pictures, self.step)
         if self._is_stale():
@@ -605,9 +636,10 @@ class Trainer:
         if self.best is not None and self.validate is not None and list(self.validate.names) != state.get("validated_on"):
             self.best, self.without_gain = None, 0
             self.say("NOTE: other validation cases than before: best.safetensors is chosen anew")
-        self.say(f"going on from {source}: {self.epoch} epochs and {self.done} slices, {self.step} steps")
+        self.say(f"going on from {source}: {self.epoch} epochs and {self.done} {self.dataset.unit}s, {self.step} steps")
         if state["update_size"] != self.sampler.update_size:
-            self.say(f"NOTE: an update now takes {self.sampler.update_size} slices, before {state['update_size']}: the same slices in the same order")
+            unit, now, before = self.dataset.unit, self.sampler.update_size, state["update_size"]
+            self.say(f"NOTE: an update now takes {now} {unit}s, before {before}: the same {unit}s in the same order")
 
     def _refuse_other(self, state: Mapping[str, Any], source: str) -> None:
         if state.get("format") != STATE_FORMAT:
@@ -617,7 +649,7 @@ class Trainer:
         other = other or differences(state["recipe"], dataclasses.asdict(self.recipe), FREE)
         other = other or differences(before, now, ("git_commit",))
         if not other and state["data"] != data_mark(self.dataset):
-            other = [f"a list of {state['data']['slices']} training slices, now another of {len(self.dataset)}"]
+            other = [f"a list of {state['data']['slices']} training {self.dataset.unit}s, now another of {len(self.dataset)}"]
         if other:
             raise UserError(
                 f"{source}: the run was started with {'; '.join(other)}: expected the same flags and data to go on; give those, or another --output "

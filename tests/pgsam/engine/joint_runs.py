@@ -23,6 +23,7 @@ from datasets.augment import samed_augmentation
 from datasets.layout import DataFolder
 from datasets.order import Key, MicroBatch
 from datasets.slices import SliceDataset
+from datasets.targets import TargetSlices
 from pgsam import build_model
 from pgsam.engine.distributed import World, joined, whole
 from pgsam.engine.interruption import Interrupted
@@ -31,6 +32,7 @@ from pgsam.engine.train import Recipe, Trainer, seed_everything
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.pg_sam import PGSam, tune_text_encoder
+from pgsam.models.promptable import SAM_PROMPTABLE
 from pgsam.models.samed import SAMED, SAMED_S
 from pgsam.prior.text_encoder import load_text_encoder
 
@@ -60,6 +62,7 @@ class Case:
 
 BOTH = {"loss_resolution": "both", "alignment_weight": 0.5, "deep_weight": 0.5}
 ADAM = {"adamw": True, "base_lr": 1e-3}
+ACCUMULATED, DOUBLED = {"batch_size": 1, "grad_accum": 2}, {"batch_size": 4, "grad_accum": 1}
 CASES = {
     case.name: case
     for case in (
@@ -67,7 +70,7 @@ CASES = {
         Case("samed, one slice left", slices=9),
         Case("samed, Dice of each slice", slices=9, recipe={"dice_reduction": "sample"}),
         Case("samed, AdamW", recipe=ADAM),
-        Case("samed, accumulated", recipe={"batch_size": 1, "grad_accum": 2, "dice_reduction": "sample"}, alone={"batch_size": 4, "grad_accum": 1}),
+        Case("samed, accumulated", recipe=ACCUMULATED | {"dice_reduction": "sample"}, alone=DOUBLED),
         Case("samed, clipped", recipe={"grad_clip": 0.05}),
         Case("samed_s", module=SAMED_S),
         Case("samed, all weights", slices=9, recipe=ADAM, options={"tune": "full"}),
@@ -76,6 +79,9 @@ CASES = {
         Case("pg_sam, text tokens", module="pg_sam", slices=9, recipe=BOTH, options={"class_tokens": "text"}),
         Case("pg_sam, vectors on slices", module="pg_sam", slices=9, recipe=BOTH, options={"slice_text": True}, texts="vectors"),
         Case("pg_sam, words on slices", module="pg_sam", slices=9, recipe=BOTH, options={"slice_text": True, "class_tokens": "text"}, texts="words"),
+        Case("promptable", module=SAM_PROMPTABLE, recipe={"prompt_rounds": 2}),
+        Case("promptable, accumulated", module=SAM_PROMPTABLE, slices=9, recipe=ACCUMULATED | {"prompt_rounds": 2}, alone=DOUBLED),
+        Case("promptable, shard", module=SAM_PROMPTABLE, recipe={"prompt_rounds": 1, "shard": True}),
         Case("samed, shard", recipe={"shard": True}),
         Case("pg_sam, shard", module="pg_sam", slices=9, recipe=BOTH | {"shard": True}),
         Case("pg_sam, shard, no SAM file", module="pg_sam", slices=9, recipe=BOTH | {"shard": True}, sam_file=False),
@@ -139,7 +145,10 @@ def build(case: Case, data: Path) -> SliceModel:
 
 def dataset(case: Case, data: Path) -> SliceDataset:
     found = DataFolder(data, data / "train.txt", tuple(sorted(path.stem for path in data.glob("*.npz")))[: case.slices], None)
-    slices = SliceDataset(found, num_classes=2, img_size=SIZE, input_size=SIZE, seed=SEED, augment=samed_augmentation)
+    sizes = {"num_classes": 2, "img_size": SIZE, "input_size": SIZE}
+    if case.module == SAM_PROMPTABLE:
+        return TargetSlices(found, targets=(1, 2), **sizes, seed=SEED, augment=samed_augmentation)
+    slices = SliceDataset(found, **sizes, seed=SEED, augment=samed_augmentation)
     told = slices.names[1::2] if case.texts == "vectors" else slices.names[1:]  # of words, most updates have none that is absent
     if case.texts == "vectors":
         random = torch.Generator().manual_seed(1)

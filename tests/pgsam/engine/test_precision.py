@@ -161,8 +161,8 @@ def test_half_precision_is_in_the_forward_pass_only(folder: DataFolder, tmp_path
     seen: dict[str, torch.dtype] = {}
     model.image_encoder.blocks[3].mlp.register_forward_hook(lambda _, __, output: seen.update(block=output.dtype))
     run = trainer(folder, tmp_path / "b", model, amp=amp)
-    criterion = run.criterion.forward
-    run.criterion.forward = lambda *arguments: seen.update(loss=criterion(*arguments)[0].dtype) or criterion(*arguments)  # type: ignore[method-assign]
+    loss = run.objective.loss
+    run.objective.loss = lambda *arguments: seen.update(loss=loss(*arguments)[0].dtype) or loss(*arguments)  # type: ignore[method-assign]
     half = one_update(run)
     scale = run.scaler.get_scale()
     assert seen == {"block": {"bf16": torch.bfloat16, "fp16": torch.float16}[amp], "loss": torch.float32}
