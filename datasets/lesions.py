@@ -107,6 +107,8 @@ def _pairs(folder: Path, channel: int | None) -> list[tuple[str, Path, Path]]:
 def _image_of(name: str, label: Path, images: dict[str, Path], channels: dict[int, Path], channel: int | None) -> Path:
     """The scan of a label: that of its own name, else the chosen channel of it."""
     if name in images:
+        if channel:
+            raise UserError(f"{label}: expected channel {channel} of its scan, found {images[name]}, which has one only; leave --channel out")
         return images[name]
     if channel is None and len(channels) > 1:
         raise UserError(f"{label}: its scan has {len(channels)} channels ({', '.join(map(str, sorted(channels)))}); say which to take with --channel")
@@ -118,15 +120,17 @@ def _image_of(name: str, label: Path, images: dict[str, Path], channels: dict[in
 
 
 def _modality_of(folder: Path, channel: int) -> str:
-    """`ct` if the name of a folder begins so, or nnU-Net's dataset.json says that the channel is; else `other`."""
+    """`ct` or `other`: what nnU-Net's dataset.json says of the channel or, where it says nothing, whether the name of the folder begins so."""
     path = folder / "dataset.json"
     if path.is_file():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             names = content.get("channel_names") or content.get("modality") or {}
-            return "ct" if str(names.get(str(channel), "")).strip().lower() == "ct" else "other"
+            found = str(names.get(str(channel)) or "").strip().lower()
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: expected nnU-Net's description of a dataset, found a damaged one ({error}); correct it") from error
+        if found:
+            return "ct" if found == "ct" else "other"
     return "ct" if folder.name.lower().startswith(CT_PREFIX) else "other"
 
 
@@ -211,7 +215,7 @@ class Cutter(Protocol):
         ...
 
     def cut(self, prepared: Any, generator: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Image `(S, S, S)` float32, lesion `(S, S, S)` bool, spacing `(3,)` mm; the generator chooses the place, None is always the same one."""
+        """Image `(S, S, S)` float32, lesion `(S, S, S)` bool and never empty, spacing `(3,)` mm; the generator chooses where, None is one place."""
         ...
 
 
@@ -255,8 +259,6 @@ class LesionCrops(Dataset):
         number = case_number(case.name)
         generator = np.random.default_rng((self.seed, epoch, number)) if self.augment else None
         image, target, spacing = self.cutter.cut(self._prepared(index), generator)
-        if not target.any():
-            raise UserError(f"{case.label}: its lesions lie between the voxels of a crop and vanish in it; leave the case out, or --spacing native")
         if generator is not None and self.flips:
             axes = tuple(axis for axis in range(3) if generator.random() < 0.5)
             image, target = np.flip(image, axes), np.flip(target, axes)

@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("session")
     add = group.add_argument
     add("--session", type=Path, metavar="FILE", help="keeps the session; where there is one, it goes on")
-    add("--point_memory", choices=MEMORIES, help="what a crop is told: the newest prompt, as it was trained, or all of its points (default last)")
+    add("--point_memory", choices=MEMORIES, help="what a crop is told: the newest prompt, or all of its points (default: as the model was trained)")
     add("--max_crops", type=int, metavar="N", help=f"most crops that one prompt may open (default {MAX_CROPS})")
     return parser
 
@@ -151,9 +151,9 @@ def open_session(args: argparse.Namespace, scan: "Scan", model: Any) -> tuple["I
     if args.session is not None and args.session.exists():
         return InteractiveSession.load(args.session, model, scan.volume), notes, shown
     recipe = recipe_of(model.card, choose_modality(args, scan, shown, model.card.options.get("modalities") or [], notes))
-    session = InteractiveSession(
-        model, recipe, scan.volume, point_memory=args.point_memory or "last", max_crops=MAX_CROPS if args.max_crops is None else args.max_crops
-    )
+    memory = args.point_memory or model.card.options.get("memory", "last")
+    max_crops = MAX_CROPS if args.max_crops is None else args.max_crops
+    session = InteractiveSession(model, recipe, scan.volume, point_memory=memory, max_crops=max_crops)
     return session, notes, shown
 
 

@@ -67,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clicks", type=int, default=10, metavar="N", help="(default %(default)s)")
     add("--policy", choices=POLICIES, default="uniform", help="where the clicks are set (default %(default)s)")
     add("--crop", choices=CROPS, default="reference", help="where the crop lies (default %(default)s)")
-    add("--multi_click", action="store_true", help="tell the model all clicks so far (default: the newest, as M-SAM is trained)")
+    multi = "tell the model all clicks so far, or the newest only (default: as it was trained)"
+    add("--multi_click", action=argparse.BooleanOptionalAction, help=multi)
     add("--spacing", type=spacing, metavar="MM", help="of the crops' voxels, or native for the scan's (default: as in training)")
     add("--tolerance", type=float, default=1.0, metavar="MM", help="of the NSD (default %(default)s)")
     add("--per_lesion", action="store_true", help="every connected lesion is an object of its own")
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pgsam.engine.volumetric import open_volumetric
     from pgsam.volumetric.crop import VolumeRecipe
 
-    require_at_least(args, clicks=1, seed=0)
+    require_at_least(args, clicks=1, seed=0, label=1, channel=0)
     if not 0 <= args.tolerance < float("inf"):
         raise UserError(f"--tolerance {args.tolerance:g}: expected 0 mm or more; give the distance that counts as agreement")
     cases = find_lesions(args.data, modality=args.modality, value=args.label, channel=args.channel, patient_pattern=args.patient_pattern)
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         clicks=args.clicks,
         policy=args.policy,
         crop=args.crop,
-        memory="all" if args.multi_click else "last",
+        memory=model.card.options.get("memory", "last") if args.multi_click is None else ("all" if args.multi_click else "last"),
         tolerance_mm=args.tolerance,
         per_lesion=args.per_lesion,
         seed=args.seed,

@@ -16,7 +16,8 @@ leaves the frozen encoder to the file that the training started from, and names 
 
 What differs from the released program: the loss is the mean over the clicks, and cross-entropy is on (with the library it pins it is always 0); the
 mask that a click corrects is cut at a probability of 0.5; the split is by patient, and what is validated on is not flipped; heads that no loss
-reaches do not decay; --resume, --grad_accum, --amp and several processes work. --grad_accum is 1, as the released program in effect has it.
+reaches do not decay; --resume, --grad_accum, --amp and several processes work. --grad_accum is 1, as the released program in effect has it. Of its
+--lr_scheduler there is multisteplr; steplr and coswarm are not here, poly and constant are.
 """
 
 import argparse
@@ -41,6 +42,8 @@ SCHEDULERS = ("multisteplr", "poly", "constant")
 NATIVE = "native"
 # Flags of multisteplr only, with their defaults.
 STEPS = {"step_size": (120, 180), "gamma": 0.1}
+# Beyond any use, and short of what overflows: mm, GiB, and AdamW's factor.
+LIMITS = {"jitter": 1e3, "cache_gib": 1e6, "weight_decay": float("inf")}
 
 
 def build_parser() -> Parser:
@@ -77,7 +80,7 @@ def build_parser() -> Parser:
     model("--inflate", action="store_true", help="--checkpoint is a 2-D SAM, whose encoder is blown up to volumes")
     model("--vit_name", "--model_type", choices=list(VOLUME_VITS), help="image encoder (default: the file's; vit_b_ori)")
     model("--img_size", type=int, help="must be the encoder's (128 for vit_b_ori)")
-    model("--adapter", choices=ADAPTERS, help="mask-enhanced adapter or none (default mea)")
+    model("--adapter", choices=ADAPTERS, help="mask-enhanced adapter or none (default: that of a file of ours; else mea)")
     model("--gate", choices=("zero", "none"), help="of the adapter (default zero)")
     model("--update_embedding", action="store_true", help="the adapter's output is the next click's image embedding, as in M-SAM's figure")
     model("--tune", choices=TUNES, help="LoRA, adapter, prompt encoder and decoder, or everything (default: lora; full from a random start)")
@@ -104,7 +107,7 @@ def build_parser() -> Parser:
     train("--grad_clip", type=float, help="largest norm of the gradient (default: not clipped)")
     train("--amp", default="off", choices=list(AMP), help="forward pass in half precision; losses stay float32 (default %(default)s)")
     train("--checkpointing", action="store_true", help="recompute the encoder's blocks in the backward pass: less memory, more time")
-    train("--val_interval", type=int, default=1, metavar="EPOCHS", help="validate every so many epochs (default %(default)s)")
+    train("--val_interval", type=int, metavar="EPOCHS", help="validate every so many epochs (default 1)")
     train("--patience", type=int, metavar="N", help="end the training after N validations without a better Dice (default: never)")
     train("--save_interval", type=int, metavar="STEPS", help="training state every so many steps (default: every epoch and every 10 minutes)")
     train("--resume", metavar="auto|DIR", help="go on: auto with the run in --output, if there is one; or with the run in that folder")
@@ -120,16 +123,23 @@ def resolve(args: argparse.Namespace) -> None:
 
     args.output = args.output or str(Path(args.work_dir) / args.task_name)
     args.stop_epoch = args.num_epochs if args.stop_epoch is None else args.stop_epoch
-    require_at_least(args, num_epochs=1, stop_epoch=1, batch_size=1, grad_accum=1, num_clicks=1, rank=1, val_interval=1, patience=1, save_interval=1)
-    require_at_least(args, num_workers=0, seed=0, weight_decay=0, jitter=0, cache_gib=0, label=0, channel=0)
+    require_at_least(args, num_epochs=1, stop_epoch=1, batch_size=1, grad_accum=1, num_clicks=1, rank=1, save_interval=1)
+    require_at_least(args, num_workers=0, seed=0, weight_decay=0, jitter=0, cache_gib=0, label=1, channel=0)
+    for name, limit in LIMITS.items():
+        if not getattr(args, name) < limit:
+            raise UserError(f"--{name} {getattr(args, name)}: expected a number below {limit:g}")
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed}: expected a number below 2**63")
+    if args.ckpt is not None and (args.inflate or args.checkpoint.lower() == "none"):
+        what = "--inflate" if args.inflate else "--checkpoint none"
+        raise UserError(f"--ckpt {args.ckpt}: with {what} nothing is read from it; leave it out, or give a --checkpoint of ours that needs it")
     if args.stop_epoch > args.num_epochs:
         raise UserError(f"--stop_epoch {args.stop_epoch}: expected at most --num_epochs {args.num_epochs}, the length of the schedule")
     for name in ("lr", "grad_clip", "decoder_rate", "gamma"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name} {value}: expected a positive number")
-    if not 0 <= args.val_share < 1:
-        raise UserError(f"--val_share {args.val_share}: expected a share of the patients, at least 0 and below 1")
+    resolve_validation(args)
     if args.lr_scheduler != "multisteplr":
         idle = [f"--{name}" for name in STEPS if getattr(args, name) is not None]
         if idle:
@@ -139,6 +149,21 @@ def resolve(args: argparse.Namespace) -> None:
             if getattr(args, name) is None:
                 setattr(args, name, value)
     spacing_of(args.spacing)
+
+
+def resolve_validation(args: argparse.Namespace) -> None:
+    """The part of `resolve` that is about validation."""
+    from pgsam.engine.flags import require_at_least
+
+    require_at_least(args, val_interval=1, patience=1)
+    if not 0 <= args.val_share < 1:
+        raise UserError(f"--val_share {args.val_share}: expected a share of the patients, at least 0 and below 1")
+    idle = [f"--{name}" for name in ("val_interval", "patience") if getattr(args, name) is not None]
+    if not args.val_share and idle:
+        raise UserError(f"{', '.join(idle)}: nothing is validated with --val_share 0; give a share above 0, or leave it out")
+    args.val_interval = args.val_interval or 1
+    if args.val_interval > args.stop_epoch:
+        raise UserError(f"--val_interval {args.val_interval}: expected at most --stop_epoch {args.stop_epoch}, else nothing is ever validated")
 
 
 def spacing_of(text: str) -> float | None:
@@ -258,6 +283,8 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
         training_cases=dataset.cases(),
         training_patients=tuple(sorted({case.patient for case in training})),
         sam_sha256=start.base_sha256,
+        memory=recipe.refinement.memory,
+        boxes=start.boxes,
     )
     command, again = commands(argv, world, PROGRAM)
     state, warning = newest_state(args.output) if resuming else (None, None)

@@ -36,6 +36,7 @@ from pgsam.models.card import ModelCard
 from pgsam.volume import Volume
 from pgsam.volume_io import write_volume
 from pgsam.volumetric.crop import Canonical, CropGrid, VolumeRecipe
+from pgsam.volumetric.lesion_crop import grid_on
 from pgsam.volumetric.model import VolumetricSam
 from pgsam.volumetric.refine import VolumeClicks, next_click
 from pgsam.volumetric.session import InteractiveSession
@@ -77,11 +78,20 @@ class Protocol:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What the model says after a click: `mask` bool [D, H, W]. `positive` and `lps_mm` are of the click, None where nothing was wrong."""
+    """What the model says after a click.
+
+    Args:
+        mask: bool [D, H, W].
+        positive, lps_mm: of the click; None where nothing was wrong.
+        crops: that the model has seen so far.
+        warnings: of the session, in whole sentences.
+    """
 
     mask: np.ndarray
     positive: bool | None
     lps_mm: tuple[float, float, float] | None
+    crops: int = 1
+    warnings: tuple[str, ...] = ()
 
 
 def evaluate_volumetric(
@@ -97,7 +107,7 @@ def evaluate_volumetric(
 ) -> dict[str, Any]:
     """Tests `model` on labelled scans and writes `metrics.json`, `metrics.csv`, `test_log/log.txt` and, if asked for, `predictions/`.
 
-    A case without a lesion, or whose lesion no voxel of the crop shows, has a `reason` and no score; it is counted as undefined.
+    A case without a lesion has a `reason` and no score; it is counted as undefined.
 
     Args:
         model: in evaluation mode.
@@ -110,8 +120,8 @@ def evaluate_volumetric(
         save_nifti: also write `predictions/<case>_{pred,gt}.nii.gz`, the answer to the last click, on the scan's grid.
 
     Returns:
-        The content of `metrics.json`: `settings`, `cases` (case -> lesion -> `clicks`, a list of scores, and `reason`) and `summary` (metric -> a
-        list of click, mean, n, n_undefined); undefined values are None.
+        The content of `metrics.json`: `settings`, `cases` (case -> lesion -> `clicks`, a list of scores, `reason`, and `crops` and `warnings` after
+        the last click) and `summary` (metric -> a list of click, mean, n, n_undefined); undefined values are None.
     """
     with results_folder(output_dir) as staging:
         log = Log(staging / "test_log" / "log.txt")
@@ -186,18 +196,18 @@ def _test_case(model: VolumetricSam, recipe: VolumeRecipe, case: LesionCase, pro
         started = time.perf_counter()
         answers = reference_answers if protocol.crop == "reference" else prompted_answers
         rows: list[dict[str, Any]] = []
-        last: Answer | None = None
+        last = Answer(np.zeros_like(lesion), None, None)
         try:
             for last in answers(model, recipe, image, lesion, protocol, generator):
                 rows.append(_scores(last, lesion, image.spacing_mm, protocol.tolerance_mm, len(rows) + 1))
         except ValueError as error:
             raise UserError(f"{case.image}: cannot be segmented ({error}); check the checkpoint and the scan") from error
         seconds = round(time.perf_counter() - started, 3)
-        reason = None if rows else "the lesion lies between the voxels of the crop: there is nothing to click on"
-        results[name] = {"reason": reason, "clicks": rows, "recipe": asdict(recipe), "n_ref": int(lesion.sum()), "seconds": seconds}
+        about = {"recipe": asdict(recipe), "n_ref": int(lesion.sum()), "seconds": seconds}
+        results[name] = {"reason": None, "clicks": rows, "crops": last.crops, "warnings": list(last.warnings), **about}
         if staging is not None:
             stem = case.name if name == "all" else f"{case.name}_lesion{name}"
-            for kind, mask in (("pred", np.zeros_like(lesion) if last is None else last.mask), ("gt", lesion)):
+            for kind, mask in (("pred", last.mask), ("gt", lesion)):
                 write_volume(staging / "predictions" / f"{stem}_{kind}.nii.gz", mask, image.affine)
     return results
 
@@ -222,12 +232,10 @@ def _scores(answer: Answer, reference: np.ndarray, spacing_mm: Sequence[float], 
 def reference_answers(
     model: VolumetricSam, recipe: VolumeRecipe, image: Volume, lesion: np.ndarray, protocol: Protocol, generator: np.random.Generator
 ) -> Iterator[Answer]:
-    """The answers in one crop around a lesion, bool [D, H, W] on the image's grid; none where no voxel of the crop shows the lesion."""
+    """The answers in one crop around a lesion, bool [D, H, W] on the image's grid."""
     canonical, wanted = Canonical.of(image), Canonical.of(Volume(lesion, image.affine)).array
     grid = reference_grid(canonical, wanted, model.img_size, recipe.spacing_mm)
     target = grid.labels(wanted)
-    if not target.any():
-        return
     crop = torch.from_numpy(recipe.crop(canonical, grid))[None, None].to(next(model.parameters()).device)
     spacing = (canonical.spacing_mm * grid.step).tolist()
     dialogue = VolumeClicks(
@@ -250,7 +258,7 @@ def reference_answers(
 
 
 def reference_grid(canonical: Canonical, mask: np.ndarray, size: int, spacing_mm: float | None) -> CropGrid:
-    """The crop around the bounding box of the largest connected lesion; around its voxel next to there, where that crop would show none of it.
+    """The crop around the bounding box of the largest connected lesion; `grid_on` its voxel next to there, where that crop would show none of it.
 
     Args:
         canonical: the scan.
@@ -266,7 +274,7 @@ def reference_grid(canonical: Canonical, mask: np.ndarray, size: int, spacing_mm
         return grid
     own = np.argwhere(pieces == largest + 1)
     nearest = own[np.square((own - middle) * canonical.spacing_mm).sum(axis=1).argmin()]
-    return CropGrid.around(canonical, nearest, size, spacing_mm)
+    return grid_on(canonical, nearest, size, spacing_mm)
 
 
 def prompted_answers(
@@ -278,10 +286,11 @@ def prompted_answers(
     for own in generator.spawn(protocol.clicks):
         click = click_on_error(protocol.policy, mask, lesion, own, image.spacing_mm)
         if click is None:
-            yield Answer(mask, None, None)
+            yield Answer(mask, None, None, len(session.crops), tuple(session.warnings))
             continue
         mask = session.click(click.place[::-1], click.positive, frame="voxel").copy()
-        yield Answer(mask, click.positive, _triple(image.affine[:3, :3] @ click.place + image.affine[:3, 3]))
+        place = _triple(image.affine[:3, :3] @ click.place + image.affine[:3, 3])
+        yield Answer(mask, click.positive, place, len(session.crops), tuple(session.warnings))
 
 
 def click_on_error(

@@ -60,6 +60,10 @@ def _config_value(parser: Parser, action: argparse.Action, value: Any, place: st
         if not isinstance(value, list) or len(value) != action.nargs:
             raise UserError(f"{place}: expected a list of {action.nargs}, found {value!r}")
         return [_config_scalar(parser, action, item, place) for item in value]
+    if action.nargs in ("+", "*"):
+        if not isinstance(value, list) or not value:
+            raise UserError(f"{place}: expected a list of one or more, found {value!r}")
+        return [_config_scalar(parser, action, item, place) for item in value]
     return _config_scalar(parser, action, value, place)
 
 

@@ -189,7 +189,7 @@ def require_finite(model: nn.Module, step: int) -> None:
     broken = [name for name, p in model.named_parameters() if p.requires_grad and not bool(p.isfinite().all())]
     if broken:
         raise UserError(
-            f"after step {step}, {len(broken)} of the trained tensors are not finite ({', '.join(broken[:3])}); lower --base_lr or use --warmup; "
+            f"after step {step}, {len(broken)} of the trained tensors are not finite ({', '.join(broken[:3])}); lower the learning rate; "
             "last.pt holds the state before, if there was one"
         )
 
@@ -491,7 +491,7 @@ class Trainer:
                     self.run.steps.add(rows)
                 raise UserError(
                     f"the loss is not finite ({parts}) at step {row['step']}, on {', '.join(everyone[:12])}"
-                    f"{' ...' if len(everyone) > 12 else ''}; look at these cases, lower --base_lr or use --warmup; "
+                    f"{' ...' if len(everyone) > 12 else ''}; look at these cases, lower the learning rate; "
                     f"{self.run.path / 'last.pt'} holds the state before, if there was one"
                 )
             self.epoch_means.add(values)

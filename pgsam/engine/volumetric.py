@@ -38,7 +38,14 @@ SETTINGS = (
 
 
 def card_of(
-    vit_name: str, settings: Mapping[str, Any], recipe: VolumeRecipe, *, modalities: tuple[str, ...] | None = None, **fields: Any
+    vit_name: str,
+    settings: Mapping[str, Any],
+    recipe: VolumeRecipe,
+    *,
+    modalities: tuple[str, ...] | None = None,
+    memory: str = "last",
+    boxes: bool = False,
+    **fields: Any,
 ) -> ModelCard:
     """The card of a volumetric model.
 
@@ -47,6 +54,8 @@ def card_of(
         settings: of `build_volumetric`; what is not in it has its default there.
         recipe: how its crops are made; with `modalities`, but for the clamp, which CT has and nothing else.
         modalities: what it was trained on; None where that is not known.
+        memory: the clicks it was told in training, `last` or `all`.
+        boxes: whether its embeddings of a box's corners have ever been trained.
         fields: of `ModelCard`, besides.
     """
     defaults = {
@@ -62,6 +71,7 @@ def card_of(
     if modalities is not None:
         recipe = for_modality(recipe, modalities[0] if len(modalities) == 1 else "")
         options["modalities"] = list(modalities)
+    options |= {"memory": memory, "boxes": boxes}
     clamp = None if recipe.clamp is None else list(recipe.clamp)
     options["volume"] = {**dataclasses.asdict(recipe), "clamp": clamp}
     size = VOLUME_VITS[vit_name].img_size
@@ -123,7 +133,8 @@ def read_volumetric(path: str | Path) -> VolumetricFile:
         return VolumetricFile(card, tensors, "ours")
     found = read_volume_file(path)
     settings = {"tune": "full" if found.kind == "SAM-Med3D" else "lora", **found.settings}
-    return VolumetricFile(card_of(_vit_of(found.state, str(path)), settings, VolumeRecipe()), found.state, found.kind)
+    card = card_of(_vit_of(found.state, str(path)), settings, VolumeRecipe(), boxes=settings["point_embeddings"] == 4)
+    return VolumetricFile(card, found.state, found.kind)
 
 
 def _vit_of(state: Mapping[str, Tensor], source: str) -> str:
@@ -169,6 +180,7 @@ def load_volumetric(checkpoint: str | Path, *, ckpt: str | Path | None = None, d
     model = build_of(found.card, str(checkpoint))
     fill(model, complete_state(found, model, checkpoint, ckpt, allow_other_base=allow_other_base), str(checkpoint))
     model.card = found.card
+    model.knows_boxes = bool(found.card.options.get("boxes", False)) and model.prompt_encoder.takes_boxes
     return model.eval().to(pick_device(device))
 
 

@@ -16,7 +16,7 @@ DEFAULT_VIT = "vit_b_ori"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line says of the model; None is what the file says, else M-SAM's."""
+    """What the command line says of the model; None is what a file of ours or M-SAM's says; to SAM-Med3D and a new model, what M-SAM has."""
 
     vit_name: str | None = None
     adapter: str | None = None
@@ -36,6 +36,7 @@ class Start:
     settings: dict[str, Any]
     base_sha256: str | None
     said: str
+    boxes: bool = False  # whether the file it starts from was trained with boxes; our training tells none, and leaves those embeddings alone
 
 
 def start_volumetric(checkpoint: str, wanted: Wanted, *, ckpt: str | Path | None = None, inflate: bool = False) -> Start:
@@ -94,10 +95,12 @@ def _from_volumes(found: VolumetricFile, checkpoint: str, wanted: Wanted, ckpt: 
     held["rank"] = card.rank
     if wanted.vit_name is not None and wanted.vit_name != card.vit_name:
         raise UserError(f"--vit_name {wanted.vit_name}: {checkpoint} is {card.vit_name}; leave the flag out or give another checkpoint")
-    adapter = wanted.adapter or "mea"
+    adapter = wanted.adapter or (held["adapter"] if found.kind == "ours" else "mea")
     settings = {**held, "adapter": adapter, "update_embedding": wanted.update_embedding or held["update_embedding"]}
     new: tuple[str, ...] = ()
     if held["adapter"] == "none":
+        if wanted.adapter is None and adapter == "none" and (wanted.gate is not None or wanted.update_embedding):
+            raise UserError(f"--gate, --update_embedding: {checkpoint} has no adapter; give --adapter mea to add one, or leave them out")
         settings["gate"] = _gate(wanted, adapter)
         new += ("adapter.",)
     else:
@@ -118,7 +121,7 @@ def _from_volumes(found: VolumetricFile, checkpoint: str, wanted: Wanted, ckpt: 
     fill(model, state, checkpoint, new=new)
     frozen = set(model.state_dict()) - set(trained_state(model))
     base = sha256_of(checkpoint) if not frozen or frozen <= set(found.state) else card.sam_sha256
-    return Start(model, card.vit_name, settings, base, f"starts from {checkpoint} ({found.kind})")
+    return Start(model, card.vit_name, settings, base, f"starts from {checkpoint} ({found.kind})", bool(card.options.get("boxes", False)))
 
 
 def _refuse(name: str, asked: Any, held: Any, checkpoint: str) -> None:

@@ -16,6 +16,12 @@ def for_modality(recipe: VolumeRecipe, modality: str) -> VolumeRecipe:
     return replace(recipe, clamp=CT_CLAMP if modality == "ct" else None)
 
 
+def grid_on(volume: Canonical, voxel: np.ndarray, size: int, spacing_mm: float | None) -> CropGrid:
+    """A crop whose voxel next to its middle, the lower one of two, lies on a voxel `(3,)` of the volume and therefore shows its label."""
+    grid = CropGrid.around(volume, voxel, size, spacing_mm)
+    return replace(grid, origin=voxel - grid.step * ((size - 1) // 2))
+
+
 @dataclass(frozen=True, eq=False)
 class LesionBlock:
     """The part of a scan that crops around its lesions are made of.
@@ -41,8 +47,9 @@ class LesionBlock:
 class LesionCutter:
     """Makes crops of `size` voxels along a side around one lesion: its bounding box in the middle, as M-SAM, where no `generator` moves it.
 
-    Of several connected lesions the generator chooses one, and without it the largest is taken; all that are in the crop are its target. Where the
-    middle of a large or bent lesion's box shows none of it, the crop goes around its voxel next to there.
+    Of several connected lesions the generator chooses one, and without it the largest is taken; all that are in the crop are its target. Where a
+    crop around the middle of the box shows no lesion, since it is bent or lies between the crop's voxels, the crop has a voxel on the lesion's
+    voxel next to there.
 
     Args:
         size: of the network's input.
@@ -72,24 +79,19 @@ class LesionCutter:
         return LesionBlock(block, np.ascontiguousarray(lesions[part]), boxes - low, modality)
 
     def cut(self, prepared: LesionBlock, generator: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See `datasets.lesions.Cutter.cut`; the target is empty only where no lesion has a voxel of any crop."""
+        """See `datasets.lesions.Cutter.cut`; the target is never empty."""
         shift, first = np.zeros(3), 0
         if generator is not None:
             first = int(generator.integers(len(prepared.boxes)))
             shift = generator.uniform(-1, 1, 3) * self.jitter_mm / prepared.image.spacing_mm
-        for low, high in np.concatenate([prepared.boxes[first : first + 1], prepared.boxes]):
-            middle = (low + high) / 2
+        low, high = prepared.boxes[first]
+        middle = (low + high) / 2
+        grid = CropGrid.around(prepared.image, middle + shift, self.size, self.recipe.spacing_mm)
+        target = grid.labels(prepared.mask)
+        if not target.any():
             own = np.argwhere(prepared.mask[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))]) + low
             nearest = own[np.square((own - middle) * prepared.image.spacing_mm).sum(axis=1).argmin()]
-            for centre in (middle + shift, nearest):
-                grid = CropGrid.around(prepared.image, centre, self.size, self.recipe.spacing_mm)
-                target = grid.labels(prepared.mask)
-                if target.any():
-                    image = for_modality(self.recipe, prepared.modality).crop(prepared.image, grid)
-                    return image, target, prepared.image.spacing_mm * grid.step
-        return image_of_nothing(self.size)
-
-
-def image_of_nothing(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A crop without a lesion."""
-    return np.zeros((size,) * 3, dtype=np.float32), np.zeros((size,) * 3, dtype=bool), np.ones(3)
+            grid = grid_on(prepared.image, nearest, self.size, self.recipe.spacing_mm)
+            target = grid.labels(prepared.mask)
+        image = for_modality(self.recipe, prepared.modality).crop(prepared.image, grid)
+        return image, target, prepared.image.spacing_mm * grid.step

@@ -84,6 +84,7 @@ class VolumetricSam(nn.Module):
 
     kept: tuple[str, ...] = ("adapter.",)  # a file of SAM-Med3D has no adapter, so what of it is frozen is ours to keep
     card: Any = None  # the `ModelCard` of a loaded model
+    knows_boxes: bool = False  # whether the embeddings of a box's corners, where there are some, were ever trained; `load_volumetric` says it
 
     def __init__(
         self,

@@ -182,9 +182,10 @@ class InteractiveSession:
         """
         corners, first, last = self.places.box(low, high, frame)
         said = Prompt("box", frame, [float(value) for value in (*low, *high)], corners.ravel().tolist())
-        filled = not self.model.prompt_encoder.takes_boxes
+        filled = not (self.model.prompt_encoder.takes_boxes and self.model.knows_boxes)
         if filled:
-            self._warn("the model has no embeddings of a box's corners: the filled box was its mask prompt")
+            lacks = "was trained without boxes" if self.model.prompt_encoder.takes_boxes else "has no embeddings of a box's corners"
+            self._warn(f"the model {lacks}: the filled box was its mask prompt")
         for crop in self._crops_for(first, last, said):
             side = self.model.img_size
             inner = np.floor(crop.grid.to_crop(np.array([first, last])) + 0.5 + 1e-6).clip(0, side - 1)

@@ -74,6 +74,23 @@ def test_nnunets_raw_dataset(tmp_path: Path) -> None:
     assert find_lesions(tmp_path)[0].modality == "other"
 
 
+def test_a_description_that_names_no_modality_leaves_it_to_the_folder(tmp_path: Path) -> None:
+    for name, kind in (("ct_x", "ct"), ("mr_x", "other")):
+        put(tmp_path / name, "a")
+        for content in ({}, {"labels": {"0": "background"}}, {"channel_names": {"1": "PET"}}, {"modality": {"0": " "}}, {"modality": {"0": None}}):
+            (tmp_path / name / "dataset.json").write_text(json.dumps(content))
+            assert find_lesions(tmp_path / name)[0].modality == kind, content
+    (tmp_path / "ct_x" / "dataset.json").write_text(json.dumps({"channel_names": {"0": "MRI"}}))
+    assert find_lesions(tmp_path / "ct_x")[0].modality == "other"
+
+
+def test_a_channel_of_a_scan_without_channels_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "ct_x", "a")
+    with pytest.raises(UserError, match=r"a.nii.gz: expected channel 3 of its scan, found .*a.nii.gz, which has one only; leave --channel out"):
+        find_lesions(tmp_path, channel=3)
+    assert find_lesions(tmp_path, channel=0)[0].image.name == "a.nii.gz"
+
+
 def test_a_scan_with_channels(tmp_path: Path) -> None:
     for channel in (0, 1, 3):
         put(tmp_path, "brain", f"brain_{channel:04d}")
@@ -245,12 +262,11 @@ def test_what_is_kept_is_not_read_again(tmp_path: Path) -> None:
     assert not np.array_equal(bare[0, 1]["image"], before[1]["image"])
 
 
-def test_a_lesion_that_vanishes_is_named(tmp_path: Path) -> None:
-    speck = lesion((4, 4, 4), (5, 5, 5))
-    case = case_in(tmp_path, speck)
-    data = LesionCrops([case], LesionCutter(8, VolumeRecipe(4.0)), seed=0)
-    with pytest.raises(UserError, match=r"label.nii.gz: its lesions lie between the voxels of a crop and vanish"):
-        data[0, 0]
+def test_a_lesion_of_one_voxel_is_in_its_crop_however_coarse(tmp_path: Path) -> None:
+    case = case_in(tmp_path, lesion((4, 4, 4), (5, 5, 5)))
+    for augment in (False, True):
+        data = LesionCrops([case], LesionCutter(8, VolumeRecipe(4.0), jitter_mm=3.0), seed=0, augment=augment)
+        assert [int(data[epoch, 0]["target"].sum()) for epoch in range(10)] == [1] * 10
 
 
 # --- phantoms -----------------------------------------------------------------------------------------------------------------------------

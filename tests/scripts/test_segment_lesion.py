@@ -32,6 +32,7 @@ class Bright(nn.Module):
     def __init__(self, boxes: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
+        self.knows_boxes = boxes
         self.prompt_encoder = SimpleNamespace(takes_boxes=boxes, pe_layer=SimpleNamespace(compat=None))
         self.card = card_of("nano3d_32", {}, VolumeRecipe(None, None, "all"), modalities=("mr",))
 

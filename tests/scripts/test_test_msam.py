@@ -83,6 +83,13 @@ def test_a_whole_run(nano: Path, data: Path, tmp_path: Path, capsys: pytest.Capt
     assert int(np.asarray(written.dataobj).sum()) == int(rows[-1]["n_pred"])
 
 
+def test_numbers_that_are_no_label_or_channel(nano: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, value, least in (("--label", "0", 1), ("--channel", "-1", 0)):
+        assert run(nano, data, tmp_path / "out", "--allow_overlap", flag, value) == 2
+        assert f"{flag} {value}: expected at least {least}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_label_spacing_and_lesions_apart(nano: Path, data: Path, tmp_path: Path) -> None:
     assert run(nano, data, tmp_path / "two", "--allow_overlap", "--label", "2", "--spacing", "native", "--per_lesion", "--modality", "mr") == 0
     results = json.loads((tmp_path / "two" / "metrics.json").read_text())

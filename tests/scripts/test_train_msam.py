@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pgsam.engine.flags import parse
 from pgsam.engine.volumetric import load_volumetric, recipe_of
+from pgsam.errors import UserError
 from pgsam.sam.weights import sha256_of
 from pgsam.volumetric.model import build_volumetric
 from scripts.train_msam import build_parser, main, resolve
@@ -140,6 +142,19 @@ def test_what_is_refused(data: Path, tmp_path: Path, finished: Path, capsys: pyt
     assert "--num_clicks 0: expected at least 1" in error("--num_clicks", "0")
     assert "--val_share 1.0" in error("--val_share", "1")
     assert "of 3 patients it leaves none to train on" in error("--val_share", "0.9")
+    assert "--patience: nothing is validated with --val_share 0" in error("--patience", "2", "--val_share", "0")
+    assert "--val_interval: nothing is validated with --val_share 0" in error("--val_interval", "1", "--val_share", "0")
+    assert "--val_interval 5: expected at most --stop_epoch 1" in error("--val_interval", "5", "--num_epochs", "1")
+    assert "--val_interval 0: expected at least 1" in error("--val_interval", "0")
+    for name in ("jitter", "cache_gib", "weight_decay"):
+        assert f"--{name} inf: expected a number below" in error(f"--{name}", "inf")
+        assert f"--{name} nan: expected" in error(f"--{name}", "nan")
+    assert "--cache_gib 1e+300: expected a number below" in error("--cache_gib", "1e300")  # bytes of it would be infinite
+    assert f"--seed {2**63}: expected a number below 2**63" in error("--seed", str(2**63))
+    assert "--label 0: expected at least 1" in error("--label", "0")
+    assert "--channel -1: expected at least 0" in error("--channel", "-1")
+    assert "--ckpt a.pth: with --checkpoint none nothing is read from it" in error("--ckpt", "a.pth")
+    assert "--ckpt a.pth: with --inflate nothing is read from it" in error("--ckpt", "a.pth", "--inflate", checkpoint="sam.pth")
     assert "--stop_epoch 9: expected at most --num_epochs 2" in error("--num_epochs", "2", "--stop_epoch", "9")
     assert "--tune lora: leaves the encoder as it starts" in error("--tune", "lora")
     assert "found no such file" in error(checkpoint=str(tmp_path / "absent.pth"))
@@ -172,3 +187,30 @@ def test_published_commands_and_their_recipe() -> None:
     assert (recipe.batch_size, recipe.num_workers, recipe.adamw, recipe.max_epochs) == (2, 6, True, 200)
     assert recipe.refinement is not None
     assert (recipe.refinement.steps, recipe.refinement.policy, recipe.refinement.memory, recipe.refinement.detach) == (11, "uniform", "last", False)
+
+
+def parsed(folder: Path, **values: Any) -> Any:
+    (folder / "flags.json").write_text(json.dumps(values))
+    args = parse(build_parser(), ["--root_path", "d", "--config", str(folder / "flags.json")])
+    resolve(args)
+    return args
+
+
+def test_a_config_file_gives_lists(tmp_path: Path) -> None:
+    assert parsed(tmp_path, step_size=[3, 4]).step_size == [3, 4]
+    assert parsed(tmp_path, step_size=["3"]).step_size == [3]
+    assert parsed(tmp_path, step_size=None).step_size == (120, 180)
+    for value, words in (
+        (120, "a list of one or more, found 120"),
+        ([], "a list of one or more"),
+        ([[3]], "text or a number"),
+        (["x"], "invalid int"),
+    ):
+        with pytest.raises(UserError, match=rf"flags.json: step_size: .*{words}"):
+            parsed(tmp_path, step_size=value)
+
+
+def test_validation_by_default_is_every_epoch(tmp_path: Path) -> None:
+    assert parsed(tmp_path).val_interval == 1
+    assert parsed(tmp_path, val_share=0).val_interval == 1
+    assert parsed(tmp_path, val_interval=3, num_epochs=3).val_interval == 3

@@ -24,6 +24,7 @@ from pgsam.volumetric.crop import VolumeRecipe
 from pgsam.volumetric.lesion_crop import CT_CLAMP
 from pgsam.volumetric.model import Answer
 from pgsam.volumetric.refine import POLICIES, next_click
+from pgsam.volumetric.session import MAX_CROPS
 
 SIDE = 16
 NATIVE = VolumeRecipe(spacing_mm=None, normalise="all")
@@ -210,13 +211,29 @@ def test_an_empty_reference_is_named_and_undefined(tmp_path: Path, crop: str) ->
         assert "none: the reference is empty" in (tmp_path / f"out{apart}" / "test_log" / "log.txt").read_text()
 
 
-def test_a_lesion_that_no_voxel_of_the_crop_shows_is_named(tmp_path: Path) -> None:
+def test_a_lesion_between_the_voxels_of_a_coarse_crop_is_clicked_on(tmp_path: Path) -> None:
     lesion = np.zeros((SIDE,) * 3, dtype=bool)
     lesion[8, 8, 8] = True
     write_case(tmp_path / "data", "dot", lesion, lesion)
-    results = run(tmp_path / "data", tmp_path / "out", recipe=VolumeRecipe(spacing_mm=6.0))
-    assert "between the voxels of the crop" in results["cases"]["x/mr_y/dot"]["all"]["reason"]
-    assert results["summary"]["dice"][0] == {"click": 1, "mean": None, "n": 0, "n_undefined": 1}
+    results = run(tmp_path / "data", tmp_path / "out", recipe=VolumeRecipe(spacing_mm=6.0, normalise="all"))
+    found = results["cases"]["x/mr_y/dot"]["all"]
+    assert found["reason"] is None
+    assert found["clicks"][0]["lps_mm"] == [-8, -8, 8]
+    assert found["clicks"][0]["dice"] > 0
+    assert (results["summary"]["dice"][0]["n"], results["summary"]["dice"][0]["n_undefined"]) == (1, 0)
+
+
+def test_crops_and_warnings_of_a_session_stand_in_the_record(tmp_path: Path) -> None:
+    lesion = np.zeros((8 * SIDE, SIDE, SIDE), dtype=bool)
+    lesion[2:-2, 6:10, 6:10] = True
+    write_case(tmp_path / "data", "long", lesion, lesion)
+    run(tmp_path / "data", tmp_path / "out", crop="prompt", policy="core", clicks=1)
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["cases"]["x/mr_y/long"]["all"]
+    assert found["crops"] == MAX_CROPS
+    assert len(found["warnings"]) == 1
+    assert f"one prompt opens {MAX_CROPS}" in found["warnings"][0]
+    one = run(tmp_path / "data", tmp_path / "one", crop="reference", clicks=1)["cases"]["x/mr_y/long"]["all"]
+    assert (one["crops"], one["warnings"]) == (1, [])
 
 
 @pytest.mark.parametrize("crop", CROPS)

@@ -149,6 +149,9 @@ class Scripted:
         self.values, self.names, self.called = list(values), tuple(names), []
         self.pictures: dict[str, np.ndarray] = {}
 
+    def in_words(self, found: dict[str, float | None]) -> str:
+        return describe_validation(found)
+
     def __call__(self, model: SliceModel, epoch: int) -> dict[str, float | None]:
         self.called.append(epoch)
         self.weights = {name: value.clone() for name, value in model.state_dict().items()}

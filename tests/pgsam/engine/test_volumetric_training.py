@@ -343,6 +343,17 @@ def test_a_full_model_goes_to_a_file_and_back(tmp_path: Path) -> None:
     assert (again.card.module, again.card.vit_name, again.card.img_size, again.card.rank) == ("m_sam", VIT, SIZE, None)
     assert recipe_of(again.card) == VolumeRecipe(2.0, None, "all")
     assert not again.training
+    assert again.card.options["memory"] == "last"
+    assert not again.knows_boxes  # no training of ours tells a box
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_boxes_are_known_to_published_files_with_four_point_embeddings(tmp_path: Path, count: int) -> None:
+    model = shaken(build_volumetric(VIT, adapter="none", tune="full", compat="sammed3d", point_embeddings=count))
+    torch.save({"model_state_dict": model.state_dict()}, tmp_path / "med3d.pth")
+    assert load_volumetric(tmp_path / "med3d.pth", device="cpu").knows_boxes == (count == 4)
+    start = start_volumetric(str(tmp_path / "med3d.pth"), Wanted())
+    assert start.boxes == (count == 4)
 
 
 def test_a_tuned_model_needs_the_file_it_started_from(med3d: Path, tmp_path: Path) -> None:
@@ -416,6 +427,20 @@ def test_m_sams_file(tmp_path: Path) -> None:
     assert torch.equal(answer_of(start.model), answer_of(model))
     for wanted in (Wanted(gate="zero"), Wanted(adapter="none"), Wanted(tune="full"), Wanted(rank=4), Wanted(vit_name="tiny3d_64")):
         with pytest.raises(UserError, match=r"leave the flag out or give another checkpoint"):
+            start_volumetric(str(path), wanted)
+
+
+def test_a_file_of_ours_without_an_adapter_stays_without(med3d: Path, tmp_path: Path) -> None:
+    start = start_volumetric(str(med3d), Wanted(adapter="none", tune="full"))
+    model, path = shaken_trained(start.model), tmp_path / "plain.safetensors"
+    save_volumetric(path, model, card_of(VIT, start.settings, VolumeRecipe(), sam_sha256=start.base_sha256))
+    further = start_volumetric(str(path), Wanted())
+    assert further.settings["adapter"] == "none"
+    assert torch.equal(answer_of(further.model), answer_of(model))
+    added = start_volumetric(str(path), Wanted(adapter="mea", gate="zero"))
+    assert any(name.startswith("adapter.") for name, _ in added.model.named_parameters())
+    for wanted in (Wanted(gate="zero"), Wanted(update_embedding=True)):
+        with pytest.raises(UserError, match=r"plain.safetensors has no adapter; give --adapter mea"):
             start_volumetric(str(path), wanted)
 
 

@@ -73,8 +73,8 @@ def test_a_bent_lesion_is_met_where_its_box_is_empty_in_the_middle() -> None:
     ring.array[:, 5:39, 5:43] = False
     target = cut(ring, size=8, spacing=1.0)[1]
     assert target.any()
-    # The voxel nearest to the middle is above or below it: 18 rows of 0.8 mm are nearer than 20 columns of 0.9 mm; it is in the crop's middle.
-    assert target[4, 3:5, 3:5].any()
+    # The voxel nearest to the middle is above or below it: 18 rows of 0.8 mm are nearer than 20 columns of 0.9 mm; the crop's 4th voxel lies on it.
+    assert target[3, 3, 3]
 
 
 def test_jitter_moves_the_crop_by_no_more_than_it_says() -> None:
@@ -113,5 +113,12 @@ def test_what_is_kept_lies_where_it_lay() -> None:
     assert np.allclose(block.image.mm_of(block.boxes[0, 1]), whole.mm_of(places.max(axis=0)))
 
 
-def test_a_speck_between_the_voxels_has_no_target() -> None:
-    assert not cut(lesions(((20, 21), (22, 23), (24, 25))), spacing=5.0)[1].any()
+@pytest.mark.parametrize("place", [(20, 22, 24), (0, 0, 0), (39, 43, 47)])
+@pytest.mark.parametrize("size", [8, 9])
+def test_a_speck_between_the_voxels_is_shown_by_a_voxel_on_it(size: int, place: tuple[int, int, int]) -> None:
+    speck = lesions(tuple((axis, axis + 1) for axis in place))
+    for seed in (None, *range(10)):
+        target = cut(speck, size=size, spacing=7.0, jitter=0.0 if seed is None else 3.0, seed=seed)[1]
+        assert target.sum() == 1
+    # Without jitter a crop of an even size has its middle on the speck, which is between its voxels: the voxel below the middle goes there.
+    assert cut(speck, size=size, spacing=7.0)[1][3 + size % 2, 3 + size % 2, 3 + size % 2]

@@ -37,6 +37,7 @@ class Stub(nn.Module):
         super().__init__()
         self.ratio, self.low_res_size = ratio, SIDE // ratio
         self.weight = nn.Parameter(torch.ones(1))
+        self.knows_boxes = boxes
         self.prompt_encoder = SimpleNamespace(takes_boxes=boxes, pe_layer=SimpleNamespace(compat=None))
         self.seen: list[np.ndarray] = []
         self.told: list[dict[str, np.ndarray]] = []
@@ -396,6 +397,18 @@ def test_a_box_larger_than_a_crop_is_tiled() -> None:
     assert all((told["boxes"] >= 0).all() and (told["boxes"] < SIDE).all() for told in stub.told)
     with pytest.raises(ValueError, match="takes 10 crops, and max_crops is 9"):
         start(volume, max_crops=9)[0].box((10, 8, 16), (89, 47, 23), "voxel")
+
+
+def test_a_model_that_was_never_told_a_box_gets_it_filled_too() -> None:
+    volume, (lesion, _) = scan((60, 60, 60), ((16, 24), (20, 30), (36, 40)), ((16, 24), (20, 30), (50, 54)))
+    stub = Stub(boxes=True)
+    stub.knows_boxes = False  # four embeddings, of which the last two are as they were drawn
+    session, _ = start(volume, stub)
+    assert np.array_equal(session.box((36, 20, 16), (39, 29, 23), "voxel"), lesion)
+    (told,) = stub.told
+    assert told["boxes"].size == 0
+    assert (told["mask"] > 0).sum() == lesion.sum()
+    assert session.warnings == ["the model was trained without boxes: the filled box was its mask prompt"]
 
 
 def test_a_model_without_boxes_gets_the_filled_box_as_its_mask() -> None:
