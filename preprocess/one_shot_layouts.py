@@ -122,6 +122,9 @@ def _earlier(output: Path, dataset: str) -> dict[str, dict[str, Any]]:
         raise UserError(
             f"{output / 'manifest.json'}: expected {dataset} prepared by this script, found {manifest.get('dataset')}; name another folder"
         )
+    for name in (name for entry in cases.values() for name in entry["written"]):
+        if not (output / name).resolve().is_relative_to(output.resolve()):
+            raise UserError(f"{output / 'manifest.json'}: expected files in this folder, found {name}; name another folder")
     return cases
 
 
@@ -144,6 +147,8 @@ def _remove_strays(output: Path, finished: dict[str, dict[str, Any]]) -> None:
                     path.rmdir()
             elif path not in kept:
                 path.unlink()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _write_manifest(output: Path, facts: dict[str, Any], cases: Sequence[ArchiveCase], finished: dict[str, dict[str, Any]]) -> dict[str, Any]:

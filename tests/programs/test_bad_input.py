@@ -662,7 +662,7 @@ def test_data_that_are_not_at_their_default_place(call, tmp_path, monkeypatch):
         ("[1]", "expected flags"),
         ('{"no_such_flag": 1}', "no_such_flag"),
         ('{"batch_size": "many"}', "batch_size"),
-        ('{"batch_size": null}', "batch_size"),
+        ('{"seed": null}', "seed"),
         ('{"root_path": null}', "root_path"),
         ('{"root_path": ["a", "b"]}', "root_path"),
         ('{"warmup": "no"}', "warmup: expected true or false, found 'no'"),

@@ -11,6 +11,7 @@ import pytest
 
 from pgsam import load_model
 from pgsam.engine.checkpoint import read_card
+from scripts.oneshot_phantoms import ROWS, format_table
 
 PROMPTABLE = ("--module", "sam_promptable", "--vit_name", "vit_tiny", "--ckpt", "none", "--img_size", 64, "--device", "cpu")
 TARGETS = ("liver", "spleen")
@@ -143,7 +144,7 @@ def test_the_table_sums_pixels_over_slices_and_averages_over_organs(scored: Path
         )
         found.append(100 * counts[0] / (counts[1] + counts[2] - counts[0]))
     text = (scored / "oneshot.txt").read_text()
-    assert "training targets: right kidney, stomach" in text.splitlines()[0]
+    assert text.splitlines()[0].endswith("; organs that were no training target")
     (row,) = [line for line in text.splitlines() if line.startswith("PerSAM ")]
     assert [float(value) for value in row.split()[1:]] == pytest.approx([*found, np.mean(found)], abs=0.051)
 
@@ -159,3 +160,9 @@ def test_what_the_comparison_refuses(call: Callable[..., Any], promptable: Path,
     refuse("--reference", "case0099").refused("--reference case0099", "its cases are")
     refuse("--every", 0).refused("--every 0: expected at least 1")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_table_names_training_targets() -> None:
+    counts = {"method": "PerSAM", "organ": "liver", "case": "a", "intersection": 1, "predicted": 2, "true": 2}
+    (head, *_) = format_table([counts], {"liver": 1}, {"PerSAM": ROWS["PerSAM"]}, trained=["liver"]).splitlines()
+    assert head.endswith("; training targets: liver")
