@@ -184,12 +184,17 @@ class Watch(Protocol):
         ...
 
 
-def require_finite(model: nn.Module, step: int) -> None:
-    """Raises a UserError if a trained weight is not finite, so that no training state holds one."""
+def remedy(recipe: Recipe) -> str:
+    """What helps against numbers that are not finite, in the flags of train.py or, for volumes, of scripts/train_msam.py."""
+    return "lower --lr" if recipe.refinement is not None else "lower --base_lr or use --warmup"
+
+
+def require_finite(model: nn.Module, step: int, helps: str = remedy(Recipe())) -> None:
+    """Raises a UserError, with what `helps`, if a trained weight is not finite, so that no training state holds one."""
     broken = [name for name, p in model.named_parameters() if p.requires_grad and not bool(p.isfinite().all())]
     if broken:
         raise UserError(
-            f"after step {step}, {len(broken)} of the trained tensors are not finite ({', '.join(broken[:3])}); lower the learning rate; "
+            f"after step {step}, {len(broken)} of the trained tensors are not finite ({', '.join(broken[:3])}); {helps}; "
             "last.pt holds the state before, if there was one"
         )
 
@@ -491,7 +496,7 @@ class Trainer:
                     self.run.steps.add(rows)
                 raise UserError(
                     f"the loss is not finite ({parts}) at step {row['step']}, on {', '.join(everyone[:12])}"
-                    f"{' ...' if len(everyone) > 12 else ''}; look at these cases, lower the learning rate; "
+                    f"{' ...' if len(everyone) > 12 else ''}; look at these cases, {remedy(self.recipe)}; "
                     f"{self.run.path / 'last.pt'} holds the state before, if there was one"
                 )
             self.epoch_means.add(values)
@@ -574,7 +579,7 @@ class Trainer:
     def save(self) -> None:
         """Writes `last.pt`, with the one before as `prev.pt`; the tables on the disk are then up to this step."""
         self._read_losses()
-        require_finite(self.model, self.step)
+        require_finite(self.model, self.step, remedy(self.recipe))
         generators, tensors = self.world.gather(rng_state()), self._tensors()
         if self.world.is_main:
             save_training_state(self.run.path, self.state(generators, tensors))
