@@ -23,6 +23,7 @@ LONG = {
     "scripts/train_real_ct.sh",
     "scripts/train_demo.sh",
     "scripts/train_demo_promptable.sh",
+    "scripts/train_lesion_phantoms.sh",
     "scripts/ablate_phantoms.sh",
 }  # 20 minutes to two hours
 # What is added to a command so that it ends soon; the rest of it is the README's.
