@@ -25,7 +25,7 @@ LONG = {
     "scripts/train_demo_promptable.sh",
     "scripts/train_lesion_phantoms.sh",
     "scripts/ablate_phantoms.sh",
-}  # 20 minutes to two hours
+}  # ten minutes to two hours
 # What is added to a command so that it ends soon; the rest of it is the README's.
 SHORTENED = {
     "train.py": ["--stop_epoch", "1", "--batch_size", "2"],
