@@ -70,11 +70,15 @@ class GridAttention(nn.Module):
         self.register_buffer("key_codes", _with_pad_key(codes) if self.one_pad_key else codes, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.attend(x)
+
+    def attend(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
+        """As `forward`, with the token `pad` `(dim,)` in padding where SAM has zeros."""
         batch = x.shape[0]
         tokens = self.qkv(x.flatten(1, -2))  # (B, N, 3 * dim)
         if self.padded:
-            pad = self.qkv(x.new_zeros(1, 1, x.shape[-1])).expand(batch, -1, -1)
-            tokens = torch.cat([tokens, pad], dim=1)
+            token = x.new_zeros(1, 1, x.shape[-1]) if pad is None else pad.view(1, 1, -1)
+            tokens = torch.cat([tokens, self.qkv(token).expand(batch, -1, -1)], dim=1)
         if self.num_windows > 1:
             tokens = tokens.index_select(1, self.gather)  # (B, windows * T, 3 * dim)
         split = "b (win t) (qkv heads c) -> qkv (b win) heads t c"
@@ -87,6 +91,13 @@ class GridAttention(nn.Module):
         if self.num_windows > 1:
             out = out.index_select(1, self.scatter)
         return self.proj(out).view(x.shape)
+
+    def without_positions(self, x: Tensor) -> Tensor:
+        """The same layer over the T tokens of each of many lines, with no positions among them: `(lines, T, dim) -> (lines, T, dim)`, T small."""
+        queries, keys, values = rearrange(self.qkv(x), "b t (qkv heads c) -> qkv b heads t c", qkv=3, heads=self.num_heads)
+        # Not fused: there may be more lines than the grid of a fused kernel has blocks, and T x T weights are few.
+        weights = (queries * self.head_dim**-0.5 @ keys.mT).softmax(dim=-1)
+        return self.proj(rearrange(weights.to(values.dtype) @ values, "b heads t c -> b t (heads c)"))
 
     def relative_table(self, axis: str, query_side: int, key_side: int) -> Tensor:
         """`(query_side, key_side, head_dim)`: the embedding of every offset query - key along `axis`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pgsam.sam.attention import GridAttention
+from pgsam.sam.preprocess import PIXEL_MEAN, PIXEL_STD
 
 CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -33,6 +34,10 @@ class ImageEncoder(nn.Module):
         ndim: 2 for images, 3 for volumes.
         rel_pos: see `GridAttention`.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
+
+    Attributes:
+        depth_slices: D, 1 unless `pgsam.tuning.adapter` has set it: with more it takes D neighbouring slices `(B, D, in_chans, S, S)`, which its
+            blocks see as `B * D` images, and gives the embedding and the levels of the middle one.
 
     Shape: `(B, in_chans, S, S[, S]) -> (B, out_chans, g, g[, g])` with `g = S / patch_size`.
     """
@@ -63,6 +68,11 @@ class ImageEncoder(nn.Module):
         self.patch_size = patch_size
         self.ndim = ndim
         self.checkpointing = checkpointing
+        self.depth_slices = 1
+        self.pixel_mean: Tensor | None
+        self.pixel_std: Tensor | None
+        for name in ("pixel_mean", "pixel_std"):
+            self.register_buffer(name, None, persistent=False)
         self.in_chans = in_chans or {2: 3, 3: 1}[ndim]
         grid = (img_size // patch_size,) * ndim
         self.patch_embed = PatchEmbed(self.in_chans, embed_dim, patch_size, ndim)
@@ -88,22 +98,31 @@ class ImageEncoder(nn.Module):
         """Indices of the blocks that attend over the whole grid, the usual levels for skip connections."""
         return [i for i, block in enumerate(self.blocks) if block.is_global]
 
+    def normalise_pixels(self) -> None:
+        """Takes images in [0, 1] from now on, and brings them to the mean and standard deviation that SAM's had."""
+        self.pixel_mean = (torch.tensor(PIXEL_MEAN) / 255).view(3, 1, 1)
+        self.pixel_std = (torch.tensor(PIXEL_STD) / 255).view(3, 1, 1)
+
     def forward(self, images: Tensor, levels: Sequence[int] | None = None) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Encodes `images`; with `levels` (indices of blocks) also returns their outputs, each `(B, embed_dim, g, g[, g])`."""
-        expected = (self.in_chans, *(self.img_size,) * self.ndim)
+        slices, one = self.depth_slices, (self.in_chans, *(self.img_size,) * self.ndim)
+        expected = one if slices == 1 else (slices, *one)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(f"the encoder was built for input of shape (B, {', '.join(map(str, expected))}), not {tuple(images.shape)}")
         absent = [level for level in levels or () if not 0 <= level < len(self.blocks)]
         if absent:
             raise ValueError(f"levels are indices of blocks, 0 to {len(self.blocks) - 1}, not {absent}")
-        x = (self.patch_embed(images) + self.pos_embed).contiguous()  # (B, *grid, embed_dim)
+        images = images if slices == 1 else images.flatten(0, 1)
+        if self.pixel_mean is not None and self.pixel_std is not None:
+            images = (images - self.pixel_mean) / self.pixel_std
+        x = (self.patch_embed(images) + self.pos_embed).contiguous()  # (B * D, *grid, embed_dim)
         kept = {}
         for i, block in enumerate(self.blocks):
             recompute = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
             if levels is not None and i in levels:
-                kept[i] = x.movedim(-1, 1)
-        embedding = self.neck(x.movedim(-1, 1))  # channels-last in memory, which is what the convolutions prefer
+                kept[i] = x[slices // 2 :: slices].movedim(-1, 1)
+        embedding = self.neck(x[slices // 2 :: slices].movedim(-1, 1))  # channels-last in memory, which is what the convolutions prefer
         return embedding if levels is None else (embedding, [kept[i] for i in levels])
 
 

@@ -208,7 +208,7 @@ def fit_sam(state: Mapping[str, Tensor], model: nn.Module, source: str) -> tuple
             report.unused.append(key)
     elsewhere = tuple(getattr(model, "foreign", ()))  # filled from files of its own
     report.new = [key for key in target if key not in fitted and not key.startswith(elsewhere)]
-    lost = [key for key in report.new if key.startswith("image_encoder.") and ".lora_" not in key]
+    lost = [key for key in report.new if key.startswith("image_encoder.") and ".lora_" not in key and "_adapter." not in key]
     if lost:
         raise UserError(f"{source}: expected every tensor of the image encoder, {len(lost)} are absent or misshapen: {', '.join(lost[:5])}")
     return fitted, report

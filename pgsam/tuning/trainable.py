@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from pgsam.tuning.adapter import MARK
+
 
 def train_only(model: nn.Module, trained: Callable[[str], bool]) -> None:
     """Freezes every parameter of `model` whose name `trained` refuses, and unfreezes the others."""
@@ -17,12 +19,14 @@ def trainable_count(model: nn.Module) -> int:
 
 
 def trainable_report(model: nn.Module) -> str:
-    """One line a part of the model: trainable and total parameters, LoRA factors counted apart."""
+    """One line a part of the model: trainable and total parameters, LoRA factors and adapters counted apart."""
     counts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         part = name.split(".", 1)[0]
         if ".lora_" in name:
             part += " (LoRA)"
+        elif MARK in name:
+            part += " (adapters)"
         entry = counts.setdefault(part, [0, 0])
         entry[0] += parameter.numel() if parameter.requires_grad else 0
         entry[1] += parameter.numel()
