@@ -9,7 +9,7 @@ import re
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,35 @@ def hold_out_list(folder: DataFolder, list_file: str | Path, *, allow_overlap: b
         UserError: the list is absent or empty, a name is unknown, nothing or a patient of the list is left to train on, slices are missing.
     """
     path = Path(list_file)
+    cases = listed_cases(folder, path)
+    names = tuple(case.name for case in cases)
+    training = _without(folder, names)
+    if not training.names:
+        raise UserError(f"{path}: expected cases to be left to train on, found all {len(folder.cases())} of {folder.list_file} in it; name fewer")
+    patients = tuple(sorted({folder.patient_of(name) for name in names}))
+    both = sorted(set(patients) & set(training.patients()))
+    if both and not allow_overlap:
+        raise UserError(
+            f"{path}: {len(both)} of the patients stay in the training with other cases ({', '.join(both[:5])}); name those cases too, or give "
+            "--allow_overlap"
+        )
+    return training, HeldOut(cases, patients, len(folder.patients()), str(path), patients_of_tests(folder, patients))
+
+
+def listed_cases(folder: DataFolder, path: Path) -> tuple[HeldOutCase, ...]:
+    """The cases named in a file, one a line, as `hold_out_list` finds them.
+
+    Raises:
+        UserError: the list is absent or empty, a name is unknown, or slices are missing.
+    """
     if not path.is_file():
         raise UserError(f"{path}: expected a list of cases for --val_list, one a line, found no such file")
-    names, listed = read_names(path), set(folder.cases())
+    return named_cases(folder, read_names(path), path)
+
+
+def named_cases(folder: DataFolder, names: Sequence[str], source: Path) -> tuple[HeldOutCase, ...]:
+    """As `listed_cases`, of names that `source` gave."""
+    listed = set(folder.cases())
     volumes, on_disk = folder.files.parent / "test_vol_h5", _slices_on_disk(folder.files)
     cases, unknown = [], []
     for name in names:
@@ -114,20 +140,10 @@ def hold_out_list(folder: DataFolder, list_file: str | Path, *, allow_overlap: b
             unknown.append(name)
     if unknown:
         raise UserError(
-            f"{path}: expected cases of {folder.list_file} or volumes in {volumes}, found {', '.join(unknown[:5])} ({len(unknown)} unknown of "
+            f"{source}: expected cases of {folder.list_file} or volumes in {volumes}, found {', '.join(unknown[:5])} ({len(unknown)} unknown of "
             f"{len(names)}); write one case a line, as {folder.cases()[0]}"
         )
-    training = _without(folder, names)
-    if not training.names:
-        raise UserError(f"{path}: expected cases to be left to train on, found all {len(listed)} of {folder.list_file} in it; name fewer")
-    patients = tuple(sorted({folder.patient_of(name) for name in names}))
-    both = sorted(set(patients) & set(training.patients()))
-    if both and not allow_overlap:
-        raise UserError(
-            f"{path}: {len(both)} of the patients stay in the training with other cases ({', '.join(both[:5])}); name those cases too, or give "
-            "--allow_overlap"
-        )
-    return training, HeldOut(tuple(cases), patients, len(folder.patients()), str(path), _tested(folder, patients))
+    return tuple(cases)
 
 
 def hold_out_share(folder: DataFolder, share: float, seed: int) -> tuple[DataFolder, HeldOut]:
@@ -149,7 +165,7 @@ def hold_out_share(folder: DataFolder, share: float, seed: int) -> tuple[DataFol
     on_disk = _slices_on_disk(folder.files)
     cases = tuple(_case_of_slices(folder, name, on_disk) for name in names)
     chosen = tuple(sorted(drawn))
-    return _without(folder, names), HeldOut(cases, chosen, len(patients), f"--val_share {share:g}", _tested(folder, chosen))
+    return _without(folder, names), HeldOut(cases, chosen, len(patients), f"--val_share {share:g}", patients_of_tests(folder, chosen))
 
 
 def check_share(share: float) -> None:
@@ -163,7 +179,7 @@ def _without(folder: DataFolder, cases: Iterable[str]) -> DataFolder:
     return dataclasses.replace(folder, names=tuple(name for name in folder.names if case_of(name) not in left_out))
 
 
-def _tested(folder: DataFolder, patients: Iterable[str]) -> tuple[str, ...]:
+def patients_of_tests(folder: DataFolder, patients: Iterable[str]) -> tuple[str, ...]:
     """Those of the patients who are in the test list beside the training's."""
     tests = folder.list_file.with_name("test_vol.txt")
     if not tests.is_file() or not tests.read_bytes().strip():
@@ -202,15 +218,13 @@ def _case_of_slices(folder: DataFolder, name: str, on_disk: Mapping[str, Mapping
 
 
 def join_slices(paths: Iterable[Path], name: str, num_classes: int) -> Case:
-    """One volume from the slices of a case in their order, with the geometry that their entries tell.
+    """One volume from the slices of a case in their order, in colour if they are, with the geometry that their entries tell.
 
     Raises:
         UserError: a slice is not valid, or does not continue the one before: another size, place or window.
     """
     slices = [(path, *read_slice(path, path.stem, num_classes), _entries(path, name)) for path in paths]
     first, image, _, entries = slices[0]
-    if image.ndim != 2:
-        raise UserError(f"{first} ({name}): expected grey slices, which make a volume, found colour; train without --val_list and --val_share")
     for path, other, _, told in slices[1:]:
         if other.shape != image.shape:
             raise UserError(
@@ -220,10 +234,10 @@ def join_slices(paths: Iterable[Path], name: str, num_classes: int) -> Case:
         unlike += [key for key in _COMMON if key in told and key in entries and not np.array_equal(told[key], entries[key])]
         if unlike:
             raise UserError(f"{path} ({name}): expected the same {unlike[0]} as in {first.name}, found another; make the case again")
-    images = np.stack([image for _, image, _, _ in slices])
-    geometry = from_attributes(entries, images, str(first))
+    images, labels = (np.stack(arrays) for arrays in zip(*((image, label) for _, image, label, _ in slices), strict=True))
+    geometry = from_attributes(entries, images if images.ndim == 3 else images[:, 0], str(first))
     if geometry is not None:
-        for index, (path, other, _, told) in enumerate(slices):
+        for index, (path, _, other, told) in enumerate(slices):
             place = from_attributes(told, other, str(path))
             assert place is not None  # it has the entries that the first slice has
             distance = corner_distance_mm(take_slice(geometry, index), Volume(place.array, place.affine))
@@ -235,8 +249,8 @@ def join_slices(paths: Iterable[Path], name: str, num_classes: int) -> Case:
     window = entries.get("window")
     return Case(
         name,
-        images,
-        np.stack([label for _, _, label, _ in slices]),
+        images if images.ndim == 3 else np.ascontiguousarray(np.moveaxis(images, 1, -1)),
+        labels,
         geometry,
         source_orientation=_text(entries.get("source_orientation")),
         spacing_mm=geometry.spacing_mm if geometry is not None else spacing_of(entries, str(first)),

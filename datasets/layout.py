@@ -16,7 +16,7 @@ FILES = {"train": ("train_npz", "train.txt"), "test": ("test_vol_h5", "test_vol.
 IMAGE_RANGE = (-0.5, 1.5)  # of images in [0, 1], since cubic down-sampling may overshoot; raw Hounsfield units never fit in here
 COLOURS = 3  # red, green and blue: the last axis of a colour slice, whose manifest has the image_kind "rgb"
 
-_SLICE_NAME = re.compile(r"(?P<case>.+)_slice\d+$")
+_SLICE_NAME = re.compile(r"(?P<case>.+)_slice(?P<number>\d+)$")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ def case_of(name: str) -> str:
     """`case0005_slice012` -> `case0005`; a name without a slice number is the case itself."""
     match = _SLICE_NAME.match(name)
     return match["case"] if match else name
+
+
+def slice_number(name: str) -> int | None:
+    """`case0005_slice012` -> 12; None for a name without a slice number."""
+    match = _SLICE_NAME.match(name)
+    return int(match["number"]) if match else None
 
 
 def find_data(root: str | Path, subfolder: str, list_name: str, *, list_dir: str | Path | None = None, dataset: str = "Synapse") -> DataFolder:

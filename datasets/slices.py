@@ -1,5 +1,7 @@
 """Training slices: TransUNet's `<case>_slice<ddd>.npz` (`image` in [0, 1], `label`, both [H, W]) as network inputs.
 
+With `depth_slices` D a sample is D neighbouring slices of a case, as they lie in the folder, in the list or not, and the label of the middle one.
+
 A colour slice has an `image` [H, W, 3] and stands among colour slices only, with a manifest.json that says so (`image_kind` "rgb").
 
 Files are opened and closed for every sample, so that workers share nothing; nothing is ever unpickled. What a sample is depends on the seed, the
@@ -18,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.augment import Augmentation, samed_augmentation
-from datasets.layout import COLOURS, IMAGE_RANGE, DataFolder
+from datasets.layout import COLOURS, IMAGE_RANGE, DataFolder, case_of, slice_number
 from pgsam.errors import UserError
 from pgsam.resample import resize_cubic, resize_nearest
 
@@ -126,15 +128,16 @@ class SliceDataset(Dataset):
         augment: what to do to a slice at `input_size`.
         texts: a report on each slice by its name: vectors (D,), or words where the text encoder is trained too.
         missing_text: stands for a report that is not there; it also takes the place of one in ten that are, so that a model learns what it means.
+        depth_slices: D, odd; above 1 each image is D neighbouring slices of the case, by number, its first or last one repeated beyond its ends.
 
     Attributes:
-        channels: of every image, 1 or 3.
+        channels: of every slice's image, 1 or 3.
 
     Raises:
-        UserError: a slice is not valid, some are grey and some in colour, or the manifest says the other.
+        UserError: a slice is not valid, some are grey and some in colour, or the manifest says the other; neighbours are not there, or in colour.
 
-    An item, by `(epoch, index)`: `image` (channels, S, S) float32, `label` (S, S) and `low_res_label` (S/4, S/4) uint8, `case`, the slice's name, and
-    with `texts` the slice's `text`.
+    An item, by `(epoch, index)`: `image` (channels, S, S), or (D, S, S) of neighbours, float32, `label` (S, S) and `low_res_label` (S/4, S/4) uint8,
+    `case`, the slice's name, and with `texts` the slice's `text`.
     """
 
     unit = "slice"
@@ -150,7 +153,10 @@ class SliceDataset(Dataset):
         augment: Augmentation = samed_augmentation,
         texts: Mapping[str, torch.Tensor] | Mapping[str, str] | None = None,
         missing_text: torch.Tensor | str = "",
+        depth_slices: int = 1,
     ) -> None:
+        if depth_slices < 1 or depth_slices % 2 == 0:
+            raise ValueError(f"depth_slices is odd, not {depth_slices}")
         self.folder = folder
         self.names = folder.names
         self.paths = [folder.files / f"{name}.npz" for name in self.names]
@@ -166,6 +172,12 @@ class SliceDataset(Dataset):
                 )
             self.channels = channels
         self._check_kind()
+        self.around: list[list[str]] | None = None
+        if depth_slices > 1:
+            if self.channels == COLOURS:
+                raise UserError(f"{folder.files}: expected grey slices for --depth_slices {depth_slices}, found slices in colour; leave the flag out")
+            cases = slices_of_cases(folder.files)
+            self.around = [find_neighbours(name, cases, depth_slices, folder.files) for name in self.names]
 
     def _check_kind(self) -> None:
         """What the manifest says of the images goes into the checkpoint, so it must be true."""
@@ -174,6 +186,22 @@ class SliceDataset(Dataset):
             place, found = self.folder.files.parent / "manifest.json", f"slices {_in_words(self.channels)}"
             says = "there is none" if self.folder.manifest is None else f"it says {kind!r}"
             raise UserError(f"{place}: expected what {found} need, {says}; put image_kind right ('rgb' for colour and for nothing else)")
+
+    def _with_neighbours(self, image: np.ndarray, index: int) -> np.ndarray:
+        """`[H, W]`, the slice `index` -> `[D, H, W]`, it in the middle of its neighbours."""
+        assert self.around is not None
+        own = self.names[index]
+        read = {own: image}
+        for name in self.around[index]:
+            if name not in read:
+                path = self.folder.files / f"{name}.npz"
+                read[name] = read_slice(path, name, self.num_classes)[0]
+                if read[name].shape != image.shape:
+                    raise UserError(
+                        f"{path} ({name}): expected the shape {list(image.shape)} of its neighbour {own} for --depth_slices, "
+                        f"found {list(read[name].shape)}; prepare the case again"
+                    )
+        return np.stack([read[name] for name in self.around[index]])
 
     def cases(self) -> tuple[str, ...]:
         """The scans that the slices are of, sorted."""
@@ -186,6 +214,8 @@ class SliceDataset(Dataset):
         epoch, index = key
         name = self.names[index]
         image, label = read_slice(self.paths[index], name, self.num_classes)
+        if self.around is not None:
+            image = self._with_neighbours(image, index)
         size = (self.input_size, self.input_size)
         rng = np.random.default_rng((self.seed, epoch, index))
         image, label = self.augment(resize_cubic(image, size), resize_nearest(label, size), rng)
@@ -201,6 +231,43 @@ class SliceDataset(Dataset):
         if self.texts is not None:
             item["text"] = self.missing_text if rng.random() < TEXT_DROPOUT else self.texts.get(name, self.missing_text)
         return item
+
+
+def slices_of_cases(files: Path) -> dict[str, dict[int, str]]:
+    """Case -> number -> name, of all slices in a folder whose names have a number."""
+    found: dict[str, dict[int, str]] = {}
+    for path in files.glob("*.npz"):
+        number = slice_number(path.stem)
+        if number is not None:
+            found.setdefault(case_of(path.stem), {})[number] = path.stem
+    return found
+
+
+def find_neighbours(name: str, cases: Mapping[str, Mapping[int, str]], depth_slices: int, files: Path) -> list[str]:
+    """The names of `depth_slices` neighbouring slices with `name` in their middle; the case's first or last one stands for those beyond its ends.
+
+    Args:
+        name: of a slice in `files`.
+        cases: `slices_of_cases(files)`.
+        depth_slices: D, odd.
+        files: for messages.
+
+    Raises:
+        UserError: the name has no slice number, or a slice between the case's first and last one has no file.
+    """
+    own = slice_number(name)
+    if own is None:
+        raise UserError(f"{files}: expected names <case>_slice<number> for --depth_slices, found {name}; leave the flag out, or rename")
+    there = cases[case_of(name)]
+    first, last = min(there), max(there)
+    numbers = [min(max(own + offset, first), last) for offset in range(-(depth_slices // 2), depth_slices // 2 + 1)]
+    absent = [number for number in numbers if number not in there]
+    if absent:
+        raise UserError(
+            f"{files}: expected every slice of {case_of(name)} from {first} to {last} for --depth_slices {depth_slices}, found no slice {absent[0]}; "
+            "prepare the case whole, or leave the flag out"
+        )
+    return [there[number] for number in numbers]
 
 
 def _in_words(channels: int) -> str:

@@ -1,4 +1,7 @@
-"""Test volumes: TransUNet's `<case>.npy.h5` (`image` in [0, 1], `label`, both [D, H, W]), with the geometry that our preprocessing adds."""
+"""Test volumes: TransUNet's `<case>.npy.h5` (`image` in [0, 1], `label`, both [D, H, W]), with the geometry that our preprocessing adds.
+
+A case in colour has an `image` [D, H, W, 3]; a picture is one slice.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,17 +9,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from datasets.layout import DataFolder
+from datasets.layout import COLOURS, DataFolder
 from datasets.slices import KEYS, check_shapes, check_values
 from pgsam.errors import UserError
 from pgsam.volume import Volume, from_attributes, reorient, spacing_of
 
+_LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # of red, green and blue: ITU-R BT.601, as `pgsam.formats.pictures` has it
 _DAMAGE = (OSError, RuntimeError, KeyError, ValueError)  # what h5py raises on damaged files
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One test case: `image` float32 and `label` uint8, both [D, H, W] in the stored orientation.
+    """One test case: `image` float32 and `label` uint8, both [D, H, W] in the stored orientation; a colour image is [D, H, W, 3].
 
     `geometry` is None for files that do not tell; `source_orientation` is that of the scan the file was made from. `image_kind` and `window`
     say which source values became 0 and 1, where that is known.
@@ -30,6 +34,16 @@ class Case:
     spacing_mm: tuple[float, float, float] | None = None
     image_kind: str | None = None
     window: tuple[float, ...] | None = None
+
+    @property
+    def is_colour(self) -> bool:
+        """Whether the image has colours."""
+        return self.image.ndim == 4
+
+    @property
+    def grey(self) -> np.ndarray:
+        """[D, H, W]: the image, or its luminance."""
+        return self.image @ _LUMINANCE if self.is_colour else self.image
 
     @property
     def orientation(self) -> str | None:
@@ -70,8 +84,9 @@ def check_case_header(path: Path, name: str) -> tuple[int, ...]:
             shapes = [file[key].shape for key in KEYS]
     except _DAMAGE as error:
         raise UserError(f"{path} ({name}): expected an h5 file, found a damaged or truncated one ({error}); make it again") from error
-    check_shapes(path, name, shapes[0], shapes[1], 3)
-    return shapes[0]
+    image, label = shapes
+    check_shapes(path, name, image[:3] if len(image) == 4 and image[3] == COLOURS else image, label, 3)
+    return label
 
 
 def read_case(path: Path, name: str, num_classes: int) -> Case:
@@ -85,7 +100,7 @@ def read_case(path: Path, name: str, num_classes: int) -> Case:
         raise UserError(f"{path} ({name}): expected an h5 file, found a damaged one ({error}); make it again") from error
     label = check_values(path, name, image, label, num_classes)
     image = image.astype(np.float32, copy=False)
-    geometry = from_attributes(attributes, image, str(path))
+    geometry = from_attributes(attributes, image if image.ndim == 3 else image[..., 0], str(path))
     window = attributes.get("window")
     return Case(
         name,

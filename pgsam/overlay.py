@@ -30,6 +30,13 @@ def for_display(slices: np.ndarray, orientation: str) -> np.ndarray:
     return slices
 
 
+def pictures_for_display(slices: np.ndarray, orientation: str) -> np.ndarray:
+    """`for_display` of grey slices [D, H, W], or of such in colour [D, H, W, 3]."""
+    if slices.ndim == 3:
+        return for_display(slices, orientation)
+    return np.moveaxis(for_display(np.moveaxis(slices, -1, 1), orientation), 1, -1)
+
+
 def overlay(image: np.ndarray, labels: np.ndarray | None, colours: Sequence[Colour], opacity: float = 0.4) -> np.ndarray:
     """`(H, W, 3)` uint8: a slice in [0, 1], grey (H, W) or in colour (H, W, 3), with every label filled in its colour and outlined.
 
@@ -47,10 +54,10 @@ def overlay(image: np.ndarray, labels: np.ndarray | None, colours: Sequence[Colo
 
 
 def heat(image: np.ndarray, values: np.ndarray, colour: Colour) -> np.ndarray:
-    """`(H, W, 3)` uint8: a grey slice in [0, 1] under a veil of `colour`, as opaque as `values` in [0, 1] say."""
-    grey = np.repeat(np.clip(image, 0, 1)[..., None] * 255, 3, axis=2)
+    """`(H, W, 3)` uint8: a slice in [0, 1] as `overlay` takes it, under a veil of `colour`, as opaque as `values` in [0, 1] say."""
+    below = np.clip(image if image.ndim == 3 else image[..., None], 0, 1) * 255
     veil = 0.75 * np.clip(values, 0, 1)[..., None]
-    return ((1 - veil) * grey + veil * np.array(colour, dtype=np.float64)).round().astype(np.uint8)
+    return ((1 - veil) * below + veil * np.array(colour, dtype=np.float64)).round().astype(np.uint8)
 
 
 def montage(
@@ -123,10 +130,7 @@ def show_case(
     where = np.flatnonzero(labelled) if labelled.any() else np.arange(len(image))
     chosen = where[np.linspace(0, len(where) - 1, min(columns + 2, len(where)) if len(where) > 2 else len(where)).round().astype(int)]
     chosen = chosen[1:-1] if len(chosen) > columns else chosen
-    if image.ndim == 4:
-        pictures = np.moveaxis(for_display(np.moveaxis(image[chosen], -1, 1), orientation), 1, -1)
-    else:
-        pictures = for_display(image[chosen], orientation)
+    pictures = pictures_for_display(image[chosen], orientation)
     rows = [[overlay(picture, None, colours) for picture in pictures]]
     for _, labels in maps:
         turned = for_display(labels[chosen], orientation)
@@ -195,12 +199,12 @@ def contours(
     spacing_hw: tuple[float, float] = (1.0, 1.0),
     longest: int = 512,
 ) -> Image.Image:
-    """A grey slice with the outlines of two label maps: the reference solid in the organs' colours, the prediction dashed in a lighter tint.
+    """A slice with the outlines of two label maps: the reference solid in the organs' colours, the prediction dashed in a lighter tint.
 
     Solid and dashed tell the two apart without colour, on a screen and in print; every line lies on a dark one that is wider.
 
     Args:
-        image: [H, W] in [0, 1].
+        image: [H, W] or [H, W, 3] in [0, 1].
         reference: labels [H, W]; 0 is background.
         prediction: likewise.
         colours: `colours[0]` is label 1's.
@@ -209,7 +213,7 @@ def contours(
     """
     extent = image.shape[1] * spacing_hw[1], image.shape[0] * spacing_hw[0]
     size = max(1, round(longest * extent[0] / max(extent))), max(1, round(longest * extent[1] / max(extent)))
-    grey = Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    below = Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     large = (size[0] * _FINER, size[1] * _FINER)
     scale = np.array([large[0] / image.shape[1], large[1] / image.shape[0]])
     rim = 2 * _FINER  # half the dark line: an organ that reaches the picture's end is outlined whole
@@ -225,7 +229,7 @@ def contours(
                 for part in parts:
                     draw.line(part, fill=ink, width=width, joint="curve")
     lines = lines.convert("RGBa").resize(size, Image.Resampling.BOX).convert("RGBA")  # "a": colour times opacity, which may be averaged
-    return Image.alpha_composite(grey.convert("RGBA"), lines).convert("RGB")
+    return Image.alpha_composite(below.convert("RGBA"), lines).convert("RGB")
 
 
 def _dashes(line: np.ndarray) -> list[list[Point]]:
@@ -323,7 +327,10 @@ class WorstSlices:
         orientation: str,
         spacing_mm: tuple[float, float, float] | None = None,
     ) -> None:
-        """Looks through one case: image in [0, 1] and two label maps, all [D, H, W] as stored, orientation and spacing (array order) of them."""
+        """Looks through one case: image in [0, 1] and two label maps, [D, H, W] as stored, orientation and spacing (array order) of them.
+
+        An image in colour is [D, H, W, 3].
+        """
         found = [slice_loss(ref, pred, self.class_names) for ref, pred in zip(reference, prediction, strict=True)]
         chosen: list[int] = []
         for number in sorted(range(len(found)), key=lambda number: -found[number][0]):
@@ -333,8 +340,8 @@ class WorstSlices:
             loss, organs = found[number]
             if len(self.pictures) >= self.limit and loss <= self.pictures[self.limit - 1].loss:
                 break
-            grey, ref, pred = (for_display(volume[number], orientation) for volume in (image, reference, prediction))
-            picture = contours(grey, ref, pred, self.colours, spacing_hw=spacing_mm[1:] if spacing_mm else (1.0, 1.0))
+            shown, ref, pred = (pictures_for_display(volume[number : number + 1], orientation)[0] for volume in (image, reference, prediction))
+            picture = contours(shown, ref, pred, self.colours, spacing_hw=spacing_mm[1:] if spacing_mm else (1.0, 1.0))
             file = io.BytesIO()
             picture.save(file, format="JPEG", quality=85, subsampling=0)  # colours of thin lines need every pixel
             self.merge([SlicePicture(case, number, len(image), loss, organs, orientation, picture.size, file.getvalue())])

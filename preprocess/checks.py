@@ -255,8 +255,8 @@ def _read_arrays(path: Path, ndim: int) -> tuple[np.ndarray, np.ndarray, dict[st
     except DAMAGE as error:
         raise UserError(f"{path}: expected image and label, found a damaged file ({error}); prepare the case again") from error
     image, label = arrays
-    if ndim == 2 and image.ndim == 3 and image.shape[2] == COLOURS:
-        image = image.mean(axis=2, dtype=np.float32)  # what one channel alone has wrong, train.py finds
+    if image.ndim == ndim + 1 and image.shape[-1] == COLOURS:
+        image = image.mean(axis=-1, dtype=np.float32)  # what one channel alone has wrong, train.py finds
     if image.shape != label.shape or image.ndim != ndim or 0 in image.shape or any(array.dtype.kind not in "fiub" for array in arrays):
         found = f"{image.dtype} {list(image.shape)} and {label.dtype} {list(label.shape)}"
         raise UserError(f"{path}: expected image and label of one shape with {ndim} axes, found {found}; prepare the case again")

@@ -44,6 +44,7 @@ from pgsam.volume import (
 )
 from pgsam.volume_io import read_volume, replacing
 from preprocess.jobs import default_workers, run_jobs
+from preprocess.resample import resample_volume
 
 MANIFEST_FORMAT = 1
 SPLITS = tuple(FILES)
@@ -78,6 +79,7 @@ class Settings:
         trim_classes: drop the classes above the highest one that occurs, for a label map made without knowing the labels.
         strict_grid: refuse an image and a label whose headers place them apart; otherwise only their shapes must agree, and the distance is noted.
         dataset: what the manifest calls the data, None where they have no name.
+        spacing_mm: voxel edges (D, H, W) that image and label are resampled to, in that orientation; None keeps the scans' own.
     """
 
     source_root: Path
@@ -88,6 +90,7 @@ class Settings:
     trim_classes: bool = False
     strict_grid: bool = True
     dataset: str | None = None
+    spacing_mm: tuple[float, float, float] | None = None
 
     def map_of(self, case: Case) -> LabelMap:
         """The label map that a case is read with."""
@@ -280,6 +283,9 @@ def _read_case(case: Case, settings: Settings) -> tuple[Volume, np.ndarray, str,
         classes = settings.map_of(case).apply(label.array)
     except UserError as error:
         raise UserError(f"{case.label}: {error}") from error
+    if settings.spacing_mm is not None:
+        classes = resample_volume(Volume(classes, image.affine), settings.spacing_mm, nearest=True).array
+        image = resample_volume(image, settings.spacing_mm)
     return image, classes, source_orientation, distance
 
 
@@ -304,7 +310,8 @@ def _relative(path: Path, settings: Settings) -> str:
 def _fingerprint(case: Case, settings: Settings) -> str:
     """Changes with the source files (size, time of change) and with everything that shapes the outputs."""
     files = [entry for path in (case.image, case.label) for entry in _state(path, settings)]
-    made_by = (MANIFEST_FORMAT, settings.map_of(case), settings.image_kind, settings.window, settings.orientation, settings.strict_grid)
+    made_by: tuple[Any, ...] = (MANIFEST_FORMAT, settings.map_of(case), settings.image_kind, settings.window, settings.orientation)
+    made_by += (settings.strict_grid, *((settings.spacing_mm,) if settings.spacing_mm is not None else ()))
     return hashlib.sha256(repr((files, case.split, case.patient, made_by)).encode()).hexdigest()[:32]
 
 

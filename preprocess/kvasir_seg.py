@@ -29,7 +29,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pgsam.errors import Parser, UserError, reports_user_errors
-from pgsam.volume_io import is_picture, replacing, stem_of
+from pgsam.volume_io import is_picture, stem_of
 from preprocess.one_shot_layouts import (
     ArchiveCase,
     add_archive_flags,
@@ -38,6 +38,7 @@ from preprocess.one_shot_layouts import (
     read_colour,
     read_object_mask,
     summary,
+    write_colour_slice,
     write_pictures,
 )
 
@@ -68,11 +69,7 @@ def make_polyp(name: str, number: int, image_path: Path, mask_path: Path, slices
     mask = read_object_mask(mask_path, image.shape)
     written = write_pictures(output, f"image_{number:04d}", image, mask, mask_name=f"label_{number:04d}")
     if slices:
-        written.append(f"train_npz/{name}_slice000.npz")
-        (output / written[-1]).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(output / written[-1]) as temporary, temporary.open("wb") as file:
-            entries = {"source": image_path.name, "image_kind": "rgb"}
-            np.savez(file, image=image / np.float32(255), label=mask.astype(np.float32), **entries)  # type: ignore[arg-type]
+        written.append(write_colour_slice(output, name, image / np.float32(255), mask, image_path.name))
     return {
         "split": "train",
         "patient": name,

@@ -1,14 +1,16 @@
-"""What the scripts for P2SAM's datasets share: cases of an archive in, folders of pictures and training slices out; parallel and resumable.
+"""What the scripts for P2SAM's datasets and other archives share: cases in, folders of pictures, slices and volumes out; parallel and resumable.
 
 Layout of an output O (P2SAM's, `image` and `label` alike; the slices and lists where a dataset is one to train on):
 
     O/image/..., O/label/...                8-bit PNG, masks of 0 and 255, as the script says
     O/train_npz/{case}_slice{ddd}.npz       image [H, W] or [H, W, 3] in [0, 1] and label [H, W], float32
-    O/lists/train.txt                       names of the slices
+    O/test_vol_h5/{case}.npy.h5             image [1, H, W, 3] in [0, 1] and label [1, H, W]: pictures to test or validate on
+    O/lists/train.txt, test_vol.txt, val.txt    names of the slices, and of the cases whose split is "test" and "val"
     O/manifest.json                         classes, settings, and for every finished case what it was made from and what was written
 
 A case is left alone when its files are there and the manifest says that they were made from the same files with the same settings. Whatever else lies
-in `image`, `label` and `train_npz` is removed: of cases that are no longer there, were made otherwise, or were not finished. It would be scored.
+in `image`, `label`, `train_npz` and `test_vol_h5` is removed: of cases that are no longer there, were made otherwise, or were not finished. It would
+be scored.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -32,8 +35,10 @@ from preprocess.jobs import run_jobs
 
 WINDOW = (-910.0, 590.0)  # HU of P2SAM's chest CTs: level -160, width 1500
 _SAVED_EVERY = 25  # cases
-_TRAIN, _TRAIN_LIST = FILES["train"]
-_OUTPUTS = ("image", "label", _TRAIN)
+(_TRAIN, _TRAIN_LIST), (_TEST, _TEST_LIST) = FILES["train"], FILES["test"]
+VALIDATION_LIST = "val.txt"  # for `train.py --val_list`
+_LISTS = {"train": (_TRAIN, _TRAIN_LIST), "test": (_TEST, _TEST_LIST), "val": (_TEST, VALIDATION_LIST)}  # split -> folder and list
+_OUTPUTS = ("image", "label", _TRAIN, _TEST)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def convert(
     _write_manifest(output, facts, cases, finished)  # the folder is ours from now on, whatever ends this run
     _remove_strays(output, finished)
     if todo:
-        (output / "lists" / _TRAIN_LIST).unlink(missing_ok=True)  # until all are done, nothing may train on a part
+        for _, name in _LISTS.values():
+            (output / "lists" / name).unlink(missing_ok=True)  # until all are done, nothing may train on a part
     try:
         with tqdm(total=len(cases), initial=len(cases) - len(todo), unit="case", desc=output.name, disable=None if todo else True) as progress:
             for done, (index, entry) in enumerate(run_jobs([_Job(case, output) for case in todo], num_workers), start=1):
@@ -93,7 +99,7 @@ def convert(
     finally:
         manifest = _write_manifest(output, facts, cases, finished)
         _remove_strays(output, finished)
-    _write_list(output, cases, finished)
+    _write_lists(output, cases, finished)
     return manifest
 
 
@@ -169,10 +175,13 @@ def _write_manifest(output: Path, facts: dict[str, Any], cases: Sequence[Archive
     return manifest
 
 
-def _write_list(output: Path, cases: Sequence[ArchiveCase], finished: dict[str, dict[str, Any]]) -> None:
-    names = [Path(file).stem for case in cases for file in finished[case.name]["written"] if Path(file).parts[0] == _TRAIN]
-    if names:
-        _write_text(output / "lists" / _TRAIN_LIST, "".join(f"{name}\n" for name in names))
+def _write_lists(output: Path, cases: Sequence[ArchiveCase], finished: dict[str, dict[str, Any]]) -> None:
+    for split, (folder, listed) in _LISTS.items():
+        entries = [finished[case.name] for case in cases if finished[case.name].get("split", "train") == split]
+        files = [Path(file) for entry in entries for file in entry["written"]]
+        names = [file.name.removesuffix(".npz").removesuffix(".npy.h5") for file in files if file.parts[0] == folder]
+        if names:
+            _write_text(output / "lists" / listed, "".join(f"{name}\n" for name in names))
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -198,6 +207,32 @@ def write_pictures(output: Path, name: str, image: np.ndarray, mask: np.ndarray,
         (output / file).parent.mkdir(parents=True, exist_ok=True)
         with replacing(output / file) as temporary:
             Image.fromarray(pixels).save(temporary, format="PNG")
+    return written
+
+
+def write_colour_slice(output: Path, case: str, image: np.ndarray, mask: np.ndarray, source: str) -> str:
+    """Writes a picture as the only training slice of a case, and returns the file's name relative to `output`.
+
+    Args:
+        image: [H, W, 3] in [0, 1].
+        mask: [H, W] bool.
+        source: name of the file it was made from.
+    """
+    written = f"{_TRAIN}/{case}_slice000.npz"
+    (output / written).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output / written) as temporary, temporary.open("wb") as file:
+        entries = {"source": source, "image_kind": "rgb"}
+        np.savez(file, image=image, label=mask.astype(np.float32), **entries)  # type: ignore[arg-type]
+    return written
+
+
+def write_colour_volume(output: Path, case: str, image: np.ndarray, mask: np.ndarray, source: str) -> str:
+    """Writes a picture as a test volume of one slice; otherwise as `write_colour_slice`."""
+    written = f"{_TEST}/{case}.npy.h5"
+    (output / written).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output / written) as temporary, h5py.File(temporary, "w") as file:
+        file["image"], file["label"] = image[None], mask[None].astype(np.float32)
+        file.attrs.update({"source": source, "image_kind": "rgb"})
     return written
 
 
@@ -283,8 +318,11 @@ def left_out(names: Iterable[str], args: argparse.Namespace) -> list[str]:
 def summary(manifest: dict[str, Any], output: Path) -> str:
     """A line for the end of a script."""
     written = [file for entry in manifest["cases"].values() for file in entry["written"]]
-    pictures, slices = sum(file.startswith("image/") for file in written), sum(file.startswith(f"{_TRAIN}/") for file in written)
-    return f"{output}: {pictures} pictures with masks of {len(manifest['cases'])} cases" + (f", {slices} training slices" if slices else "")
+    pictures, slices, volumes = (sum(file.startswith(f"{folder}/") for file in written) for folder in ("image", _TRAIN, _TEST))
+    parts = [f"{pictures} pictures with masks of {len(manifest['cases'])} cases"] if pictures or not volumes else []
+    parts += [f"{slices} training slices"] if slices else []
+    parts += [f"{volumes} volumes to test or validate on"] if volumes else []
+    return f"{output}: {', '.join(parts)}"
 
 
 def notes_of(manifest: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from datasets.volumes import Case
 from pgsam.engine.evaluate import similarity_rows
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
-from pgsam.overlay import for_display, montage, overlay
+from pgsam.overlay import for_display, montage, overlay, pictures_for_display
 from pgsam.volume import Volume, reorient
 
 COLUMNS = 4
@@ -23,6 +23,13 @@ def as_trained(array: np.ndarray, case: Case, card: ModelCard) -> Volume:
     return volume if case.geometry is None or card.training_cases is None else reorient(volume, card.orientation)
 
 
+def image_as_trained(case: Case, card: ModelCard) -> np.ndarray:
+    """The image of a case as `as_trained` turns it: [D, H, W], or in colour [D, H, W, 3]."""
+    if not case.is_colour:
+        return as_trained(case.image, case, card).array
+    return np.stack([as_trained(channel, case, card).array for channel in np.moveaxis(case.image, -1, 0)], axis=-1)
+
+
 class Panel:
     """Some slices of a case: image, reference, prediction, and how like each organ's report each place is, where the model knows that.
 
@@ -32,14 +39,15 @@ class Panel:
     """
 
     def __init__(self, case: Case, card: ModelCard) -> None:
-        image, label = as_trained(case.image, case, card), as_trained(case.label, case, card).array
+        turned = as_trained(case.label, case, card)
+        label = turned.array
         labelled = np.flatnonzero(label.any(axis=(1, 2)))
         where = labelled if len(labelled) else np.arange(len(label))
         self.name, self.card = case.name, card
         self.numbers = where[np.unique(np.linspace(0, len(where) - 1, COLUMNS + 2).round().astype(int)[1:-1])]
-        self.image, self.label = image.array[self.numbers], label[self.numbers]
-        self.orientation = card.orientation if case.geometry is None else image.orientation
-        self.spacing_hw = image.spacing_mm[1:]
+        self.image, self.label = image_as_trained(case, card)[self.numbers], label[self.numbers]
+        self.orientation = card.orientation if case.geometry is None else turned.orientation
+        self.spacing_hw = turned.spacing_mm[1:]
 
     def draw(self, model: SliceModel, case: Case, labels: np.ndarray) -> np.ndarray:
         """The panel `(h, w, 3)` uint8: `labels` [D, H, W] as `evaluate.segment_case` gives them for the case, as it is stored.
@@ -47,12 +55,12 @@ class Panel:
         `model` is in evaluation mode.
         """
         colours = [colour_of(name, i) for i, name in enumerate(self.card.class_names)]
-        grey = for_display(self.image, self.orientation)
+        images = pictures_for_display(self.image, self.orientation)
         maps = (None, self.label, as_trained(labels, case, self.card).array[self.numbers])
         rows = []
         for organs in maps:
-            shown = [None] * len(grey) if organs is None else for_display(organs, self.orientation)
-            rows.append([overlay(picture, label, colours) for picture, label in zip(grey, shown, strict=True)])
+            shown = [None] * len(images) if organs is None else for_display(organs, self.orientation)
+            rows.append([overlay(picture, label, colours) for picture, label in zip(images, shown, strict=True)])
         similar = similarity_rows(model, self.image, self.card, self.orientation)
         titles = ["image", "reference", "prediction", *(self.card.class_names if similar else ())]
         legend = [] if similar else list(zip(self.card.class_names, colours, strict=True))

@@ -8,7 +8,7 @@ import torch
 
 from datasets.held_out import HeldOut
 from pgsam.clicks import centre_click, xy
-from pgsam.engine.board import as_trained
+from pgsam.engine.board import as_trained, image_as_trained
 from pgsam.engine.distributed import World
 from pgsam.engine.evaluate import refuse_other_scaling
 from pgsam.errors import UserError
@@ -90,7 +90,7 @@ class PromptValidation:
         """`class` and `class_no_prompt` with the Dice of each slice that shows it."""
         for held in self.own:
             case = held.read(self.num_classes)
-            images, labels = as_trained(case.image, case, self.card).array, as_trained(case.label, case, self.card).array
+            images, labels = image_as_trained(case, self.card), as_trained(case.label, case, self.card).array
             for image, label in zip(images, labels, strict=True):
                 present = {name: label == value for name, value in self.targets.items() if (label == value).any()}
                 if not present:

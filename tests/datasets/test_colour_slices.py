@@ -1,9 +1,11 @@
 """Colour slices: every channel goes the way of the grey slice that it would be alone."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,10 +16,15 @@ from datasets.augment import AUGMENTATIONS
 from datasets.held_out import join_slices
 from datasets.layout import find_data
 from datasets.slices import SliceDataset, check_slice_header, read_slice
+from datasets.volumes import Case, check_case_header, read_case
+from pgsam.engine.board import Panel, image_as_trained
 from pgsam.engine.checkpoint import read_card
+from pgsam.engine.evaluate import lay_as_trained
 from pgsam.errors import UserError
+from pgsam.models.card import ModelCard
 from pgsam.resample import rotate_nearest
 from pgsam.sam.image_encoder import ImageEncoder
+from pgsam.volume import Volume
 from scripts.generate_reports import training_pictures
 
 SHAPE = (40, 56)
@@ -148,10 +155,62 @@ def test_the_manifest_says_what_the_slices_are(tmp_path: Path, kind: str | None,
         dataset_of(folder_of(tmp_path / "x", slices, kind))
 
 
-def test_colour_slices_make_no_volume(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "x", pictures(1), "rgb")
-    with pytest.raises(UserError, match="train without --val_list and --val_share"):
-        join_slices([folder / "train_npz" / "p0_slice000.npz"], "p0", 1)
+def test_colour_slices_make_a_volume_in_colour(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "x", pictures(3), "rgb")
+    case = join_slices([folder / "train_npz" / f"p{index}_slice000.npz" for index in range(3)], "p", 1)
+    assert case.is_colour
+    for index, (image, label) in enumerate(pictures(3)):
+        np.testing.assert_array_equal(case.image[index], image)
+        np.testing.assert_array_equal(case.label[index], label)
+        np.testing.assert_allclose(case.grey[index], image @ np.array([0.299, 0.587, 0.114]), atol=1e-6)
+
+
+def test_a_volume_in_colour_is_that_of_its_slices(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "x", pictures(2), "rgb")
+    joined = join_slices([folder / "train_npz" / f"p{index}_slice000.npz" for index in range(2)], "p", 1)
+    path = tmp_path / "p.npy.h5"
+    with h5py.File(path, "w") as file:
+        file["image"], file["label"] = (np.stack(arrays) for arrays in zip(*pictures(2), strict=True))
+    assert check_case_header(path, "p") == (2, *SHAPE)
+    case = read_case(path, "p", 1)
+    np.testing.assert_array_equal(case.image, joined.image)
+    np.testing.assert_array_equal(case.label, joined.label)
+
+
+def test_grey_and_colour_make_no_volume(tmp_path: Path) -> None:
+    slices = pictures(2)
+    slices[1] = (slices[1][0][..., 0], slices[1][1])
+    folder = folder_of(tmp_path / "x", slices, "rgb")
+    with pytest.raises(UserError, match=r"p1_slice000\.npz \(p\): expected \[3, 40, 56\] pixels as in p0_slice000\.npz, found \[40, 56\]"):
+        join_slices([folder / "train_npz" / f"p{index}_slice000.npz" for index in range(2)], "p", 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 4), (2, 4, 5, 1), (4, 5, 3), (2, 5, 4, 3), (2, 3, 4, 5)])
+def test_other_volumes_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "p.npy.h5"
+    with h5py.File(path, "w") as file:
+        file["image"], file["label"] = np.zeros(shape), np.zeros((2, 4, 5))
+    with pytest.raises(UserError, match=r"p\.npy\.h5 \(p\): expected image and label \[D, H, W\] of one shape"):
+        check_case_header(path, "p")
+
+
+def test_a_panel_and_the_slices_of_a_turned_case_are_in_colour(tmp_path: Path) -> None:
+    """A case whose geometry says RAS, for a model of LAS slices: columns are mirrored, colours stay in their order."""
+    images, labels = (np.stack(arrays) for arrays in zip(*pictures(2), strict=True))
+    affine = np.zeros((4, 4))
+    affine[[2, 1, 0, 3], [0, 1, 2, 3]] = (1, -1, -1, 1)  # h to anterior, w to the right: RAS
+    case = Case("p", images, labels.astype(np.uint8), Volume(images[..., 0], affine), "RAS", image_kind="rgb")
+    scaled = {"orientation": "LAS", "image_kind": "rgb", "window": None}
+    card = ModelCard("sam_lora_image_encoder", "vit_tiny", 64, 64, ("polyp",), training_cases=("a",), **scaled)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(image_as_trained(case, card), images[:, :, ::-1])
+    laid = lay_as_trained(card, case, tmp_path / "p.npy.h5")
+    np.testing.assert_array_equal(laid.image, np.moveaxis(images[:, :, ::-1], -1, 1))
+    np.testing.assert_array_equal(laid.undo(laid.apply(case.label)), case.label)
+    np.testing.assert_array_equal(Panel(case, card).image, images[:, :, ::-1])
+    for kind, colour, words in (("ct_window", True, "is in colour, the checkpoint was trained on grey slices"), ("rgb", False, "is in grey slices")):
+        other = dataclasses.replace(case, image=images if colour else images[..., 0])
+        with pytest.raises(UserError, match=words):
+            lay_as_trained(dataclasses.replace(card, image_kind=kind), other, tmp_path / "p.npy.h5")
 
 
 def test_no_reports_are_written_on_colour(tmp_path: Path) -> None:
