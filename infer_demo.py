@@ -4,6 +4,7 @@
     python infer_demo.py -i scan.nii.gz -o out/                     # out/<scan>_seg.nii.gz on the scan's own grid, and out/<scan>.png
     python infer_demo.py -i dicom_folder/ -o out/ --checkpoint runs/samed/final.safetensors --ckpt sam_vit_b_01ec64.pth
     python infer_demo.py -i scans/ -o out/ --continue --reference labels/      # every scan of a folder, scored
+    python infer_demo.py -i scan.nii.gz -o out/ --checkpoint runs/samed/final.safetensors --index runs/samed/index    # with retrieval
 
 NIfTI, NRRD, MetaImage, DICOM (folder, file, zip), npz, h5, and pictures (PNG, JPEG, TIFF), whose labels are a PNG. Intensity window, orientation,
 sizes and organ names come from the checkpoint; what the image is comes from its file unless --modality says it. The output folder also gets
@@ -28,6 +29,7 @@ DEMO_CASE = HERE / "checkpoints" / "demo_case.npy.h5"
 def build_parser() -> Parser:
     """The flags of infer_demo.py."""
     from pgsam.engine.flags import add_model_flags
+    from pgsam.engine.retrieval import add_retrieval_flags
     from pgsam.volume_io import MODALITIES
 
     parser = Parser(__doc__)
@@ -48,6 +50,8 @@ def build_parser() -> Parser:
         action="store_true",
         help="also a picture of how like each organ's report each place is (PG-SAM with an aligner; always for the bundled case)",
     )
+    add_retrieval_flags(parser, required=False)
+    add("--patient", metavar="NAME", help="whose scan it is, by the key in the index: that patient's slices are no neighbours (default: all may be)")
     return parser
 
 
@@ -56,9 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
     from pgsam.engine.device import pick_device
     from pgsam.engine.flags import check_model_flags, open_model, parse
+    from pgsam.engine.retrieval import check_retrieval_flags
 
     args = parse(build_parser(), argv)
     check_model_flags(args)
+    check_retrieval_flags(args)
+    if args.patient is not None and args.index is None:
+        raise UserError("--patient: about retrieval, which needs the index: give it with --index")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"{args.output}: expected a folder for the results, found a file; give another -o")
     if args.input is None:
@@ -72,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs = find_inputs(args.input, args.series)
     if args.go_on and not args.input.is_dir():
         raise UserError(f"--continue: {args.input} is one scan; leave it out")
+    if args.patient is not None and len(inputs) > 1:
+        raise UserError(f"--patient {args.patient}: {args.input} holds {len(inputs)} scans; give the one of this patient")
     model = open_model(args, pick_device(args.device))
     refuse_similarity(args, model)
     return segment_inputs(model, inputs, args)
@@ -98,6 +108,7 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
     """Segments the bundled phantom, prints its scores, writes a picture and the prediction."""
     from datasets.volumes import read_case
     from pgsam.engine.evaluate import save_case_picture, save_similarity_picture, segment_case
+    from pgsam.engine.retrieval import notes_on_retrieval
     from pgsam.engine.text_flags import notes_on_texts, open_slice_texts
     from pgsam.metrics import class_metrics, format_table, summarise
     from pgsam.volume_io import write_volume
@@ -106,13 +117,14 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
     case = read_case(DEMO_CASE, "demo_case", card.num_classes)
     started = time.perf_counter()
     reader = open_slice_texts(args, model)
-    labels = segment_case(model, card, case, DEMO_CASE, args.batch_size, reader)
+    respond, retrieval = open_neighbours(args, model)
+    labels = segment_case(model, card, case, DEMO_CASE, args.batch_size, reader, respond("demo_case") if respond is not None else None)
     seconds = time.perf_counter() - started
     raw = class_metrics(labels, case.label, card.num_classes, case.spacing_mm)
     table = {"demo_case": {name: raw[i + 1] for i, name in enumerate(card.class_names)}}
     print(format_table(summarise(table, card.class_names, "strict"), "strict"))
     print(f"{len(case.image)} slices in {seconds:.1f} s; a procedural phantom, not a patient")
-    for note in notes_on_texts(card, reader):
+    for note in [*notes_on_texts(card, reader), *notes_on_retrieval(retrieval)]:
         print(note)
     args.output.mkdir(parents=True, exist_ok=True)
     maps = [("reference", case.label), ("prediction", labels)]
@@ -131,6 +143,7 @@ def segment_inputs(model, inputs: dict[str, Path], args: argparse.Namespace) -> 
     from pgsam.engine.device import environment
     from pgsam.engine.flags import jsonable
     from pgsam.engine.infer import Options, find_references, infer
+    from pgsam.engine.retrieval import notes_on_retrieval
     from pgsam.engine.text_flags import notes_on_texts, open_slice_texts
     from pgsam.sam.weights import sha256_of
 
@@ -146,18 +159,44 @@ def segment_inputs(model, inputs: dict[str, Path], args: argparse.Namespace) -> 
         args.modality, tuple(args.window) if args.window else None, args.largest_component, args.batch_size, args.series, args.similarity
     )
     reader = open_slice_texts(args, model)
+    respond, retrieval = open_neighbours(args, model)
     settings = {
         **environment(next(model.parameters()).device),
         "flags": jsonable(args),
         "checkpoint": args.checkpoint.name,
         "checkpoint_sha256": sha256_of(args.checkpoint),
+        **({"retrieval": retrieval} if retrieval is not None else {}),
     }
-    results = infer(model, inputs, args.output, options=options, references=references, texts=reader, settings=settings, go_on=args.go_on)
-    for note in notes_on_texts(model.card, reader):
+    results = infer(
+        model, inputs, args.output, options=options, references=references, texts=reader, respond=respond, settings=settings, go_on=args.go_on
+    )
+    for note in [*notes_on_texts(model.card, reader), *notes_on_retrieval(retrieval)]:
         print(note)
     say_results(results, model.card.class_names, args.output)
     failed = sum(result.error is not None for result in results)
     return 0 if not failed else 2 if failed == len(results) else 1
+
+
+def open_neighbours(args: argparse.Namespace, model):
+    """What segments the scans with the index of `--index`, by a scan's name, and what the results say of it; None and None without one."""
+    from pgsam.engine.retrieval import open_retriever
+
+    if args.index is None:
+        return None, None
+    retriever, said = open_retriever(args, model)
+    patients = set(retriever.index.patients)
+    if args.patient is not None and args.patient not in patients:
+        some = ", ".join(sorted(patients)[:5])
+        raise UserError(
+            f"--patient {args.patient}: expected a patient of {args.index}, which holds {some} ({len(patients)}); leave it out for another"
+        )
+
+    def respond(scan: str):
+        if args.patient is None and scan in patients:
+            print(f"NOTE: {scan} has the name of a patient in the index; if it is the same one, give --patient {scan}, or it is shown its own labels")
+        return retriever.respond_for(args.patient)
+
+    return respond, {**said, "patient_left_out": args.patient}
 
 
 def say_results(results, class_names: Sequence[str], output: Path) -> None:

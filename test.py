@@ -13,7 +13,7 @@ with --is_savenii, predictions/*.nii.gz on the grid of the original scans, all a
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pgsam.errors import Parser, UserError, reports_user_errors
@@ -21,15 +21,26 @@ from pgsam.errors import Parser, UserError, reports_user_errors
 if TYPE_CHECKING:
     from datasets.layout import DataFolder
     from pgsam.engine.distributed import World
+    from pgsam.engine.evaluate import Method
+    from pgsam.engine.text_flags import SliceTextReader
+    from pgsam.models.base import SliceModel
     from pgsam.models.card import ModelCard
+
+    Prepare = Callable[[SliceModel, DataFolder, SliceTextReader | None], Method]
 
 
 def build_parser() -> Parser:
     """The flags of test.py."""
+    parser = Parser(__doc__)
+    add_test_flags(parser)
+    return parser
+
+
+def add_test_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `run_test` reads."""
     from datasets.labels import DATASETS
     from pgsam.engine.flags import add_deterministic, add_model_flags
 
-    parser = Parser(__doc__)
     add = parser.add_argument
     add("--config", metavar="FILE.json", help="flags as JSON; the command line goes before it")
     add_model_flags(parser)
@@ -44,7 +55,6 @@ def build_parser() -> Parser:
     add("--allow_overlap", action="store_true", help="test on patients that the checkpoint was trained on")
     add("--seed", type=int, default=1234, help="of every random generator (default %(default)s)")
     add_deterministic(parser)
-    return parser
 
 
 def refuse_other_classes(card: "ModelCard", folder: "DataFolder") -> None:
@@ -71,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_test(args: argparse.Namespace, world: "World") -> None:
-    """Opens everything that the flags name, and tests."""
+def run_test(args: argparse.Namespace, world: "World", prepare: "Prepare | None" = None) -> None:
+    """Opens everything that the flags name, and tests, by another method where one is prepared."""
     from datasets.volumes import case_path, check_case_header
     from pgsam.engine.device import environment
     from pgsam.engine.evaluate import evaluate, refuse_overlap
@@ -91,6 +101,8 @@ def run_test(args: argparse.Namespace, world: "World") -> None:
     model = open_model(args, world.device)
     refuse_other_classes(model.card, folder)
     refuse_overlap(model.card, folder, args.allow_overlap)
+    texts = open_slice_texts(args, model)
+    method = prepare(model, folder, texts) if prepare is not None else None
     evaluate(
         model,
         model.card,
@@ -99,9 +111,10 @@ def run_test(args: argparse.Namespace, world: "World") -> None:
         settings={"flags": jsonable(args)},
         batch_size=args.batch_size,
         save_nifti=args.is_savenii,
-        texts=open_slice_texts(args, model),
+        texts=texts,
         run={**environment(world.device), "world_size": world.size},
         world=world,
+        method=method,
     )
 
 

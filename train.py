@@ -7,6 +7,9 @@ Decathlon, then
     python train.py --root_path data/Synapse --output runs/samed --module sam_lora_image_encoder --ckpt weights/sam_vit_b_01ec64.pth
     python train.py --root_path Dataset001_Liver --output runs/liver                                 # raw: prepared in data/Dataset001_Liver first
     python train.py --root_path data/mine --output runs/prompted --module sam_promptable --target_classes liver,spleen  # for scripts/p2sam.py
+    python train.py --root_path REFUGE --output runs/refuge --module sam_promptable --dataset REFUGE   # seven raters: scripts/test_refuge.py
+    python train.py --root_path data/mine --output runs/adapter --module sam_adapter --depth_slices 3   # Medical-SAM-Adapter over three slices
+    python train.py --root_path data/mine --output runs/rag --module sam_lora_image_encoder --lora_ckpt runs/samed/final.safetensors --index INDEX
     python train.py --root_path data/mine --output runs/tiny --vit_name vit_tiny --ckpt none --tune full --class_tokens text
 
 With several GPUs, and with several machines, each of which runs the same command:
@@ -22,10 +25,11 @@ prepared in --prepared, and the next time only what has changed; its test cases 
 Other label maps, windows and splits: preprocess/. A patient who is in the test list too is refused unless --allow_overlap. The output folder gets
 config.json, command.txt, env.json, log.txt, history.csv, tensorboard/, last.pt and, at the end, final.safetensors, which test.py and infer_demo.py
 read. With --val_share 0.1 (of the patients) or --val_list, DSC by organ on whole volumes that are not trained on goes into history.csv every
---val_interval epochs (sam_promptable: the mean Dice of the slices that show a class, after one click in its centre), best.safetensors is the best by
-mean DSC, and --patience ends a training that has stopped gaining. Defaults of a flag marked (by module) are those of the published method;
---root_path and --output default to the names that PG-SAM's README uses. PG-SAM's organ reports are built in; --reports gives others, and
---slice_reports adds one on each slice.
+--val_interval epochs (sam_promptable: the mean Dice of the slices that show a class, after one click in its centre; of REFUGE, that of cup and
+disc), best.safetensors is the best by mean DSC, and --patience ends a training that has stopped gaining. Defaults of a flag marked (by module) are
+those of the published method; --root_path and --output default to the names that PG-SAM's README uses. --index trains a memory only, which recalls
+slices of an index that scripts/build_index.py made with --lora_ckpt (never of a slice's own patient); scripts/test_rag.py uses the result. PG-SAM's
+organ reports are built in; --reports gives others, and --slice_reports adds one on each slice.
 """
 
 import argparse
@@ -39,6 +43,7 @@ from pgsam.errors import Parser, UserError, reports_user_errors
 
 if TYPE_CHECKING:
     from datasets.layout import DataFolder
+    from datasets.refuge import RatedPictures
     from datasets.slices import SliceDataset
     from pgsam.engine.distributed import World
     from pgsam.engine.text_flags import SliceTextReader
@@ -81,13 +86,36 @@ PROMPTABLE_RECIPE = {
     "AdamW": True,
     "augment": "affine",
 }
+# Medical-SAM-Adapter's: Adam without weight decay, 1e-4, 256 px, 100 epochs. What differs is what all modules share: the rate decays by the step
+# (published: constant), 12 slices a step (2), augmentation (none), and cross-entropy with Dice of all classes (binary cross-entropy of one mask, with
+# a weight of 2 on the object).
+SAM_ADAPTER_RECIPE = {
+    "img_size": 256,
+    "base_lr": 1e-4,
+    "max_epochs": 100,
+    "weight_decay": 0.0,
+    "warmup": False,
+    "AdamW": True,
+    "augment": "affine",
+    "loss_resolution": "both",
+}
 MOST_CLASSES = 255
 RECIPES: dict[str, dict[str, Any]] = {
     "pg_sam": PG_SAM_RECIPE,
     "sam_lora_image_encoder": SAMED_RECIPE,
     "sam_lora_image_encoder_mask_decoder": SAMED_RECIPE,
+    "sam_adapter": SAM_ADAPTER_RECIPE,
     "sam_promptable": PROMPTABLE_RECIPE,
 }
+# How each module can be tuned, its default first.
+TUNES = {
+    "pg_sam": ("lora", "adapter", "full"),
+    "sam_lora_image_encoder": ("lora", "full"),
+    "sam_lora_image_encoder_mask_decoder": ("lora",),
+    "sam_adapter": ("adapter",),
+    "sam_promptable": ("lora", "adapter", "full"),
+}
+TUNED_BY = ("lora", "adapter", "full")
 # Flags that only a module with text knows: name in args -> its default there.
 PRIOR_FLAGS = {"class_tokens": "learned", "aligner": "gated", "fusion": "gated", "refine_steps": 3, "alignment_weight": 0.5, "deep_weight": 0.5}
 TEXT_FLAGS = ("reports", "text_encoder", "text_lora", "slice_reports", "text_dir", "text_list", "text_saw_labels", "allow_missing_text")
@@ -97,9 +125,11 @@ def build_parser() -> Parser:
     """The flags of train.py."""
     from datasets.augment import AUGMENTATIONS
     from datasets.labels import DATASETS
+    from datasets.refuge import REFUGE
     from pgsam.engine.device import DEVICES
     from pgsam.engine.flags import add_deterministic
     from pgsam.engine.prompt_flags import add_prompt_flags
+    from pgsam.engine.recall import RAG_TUNES
     from pgsam.engine.text_flags import add_slice_report_flags
     from pgsam.engine.train import AMP
     from pgsam.losses import REDUCTIONS
@@ -108,6 +138,7 @@ def build_parser() -> Parser:
     from pgsam.prior.aligner import ALIGNERS
     from pgsam.prior.text_encoder import BUILTIN_ENCODER
     from pgsam.sam.build import VITS
+    from pgsam.tuning.adapter import STARTS
 
     parser = Parser(__doc__)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
@@ -117,8 +148,9 @@ def build_parser() -> Parser:
     add("--output", default="output", help="folder of this run; new or empty (default %(default)s)")
     add(
         "--dataset",
-        choices=list(DATASETS),
-        help="split and classes of raw BTCV or FLARE22; names the classes of prepared data without a manifest (default: as the files, else Synapse)",
+        choices=[*DATASETS, REFUGE],
+        help="split and classes of raw BTCV or FLARE22; names the classes of prepared data without a manifest (default: as the files, else Synapse); "
+        "REFUGE: its own folder, for sam_promptable",
     )
     add("--list_dir", help="folder of train.txt")
     add("--allow_overlap", action="store_true", help="train on patients who are in the test list or the validation list too")
@@ -127,8 +159,13 @@ def build_parser() -> Parser:
     add("--vit_name", default="vit_b", choices=list(VITS), help="image encoder (default %(default)s)")
     add("--ckpt", help="official SAM file (default checkpoints/<Meta's name>), or none for a random start")
     add("--lora_ckpt", help="start from the trained tensors of this checkpoint (ours or SAMed's .pth)")
+    add("--index", type=Path, metavar="INDEX", help="train a memory of labelled slices on --lora_ckpt, whose scripts/build_index.py made INDEX")
+    add("--top_k", type=int, help="slices that the memory recalls (default 5)")
+    add("--rag_tune", choices=RAG_TUNES, help="train the memory alone, or the mask decoder too (default memory)")
     add("--rank", type=int, help="rank of LoRA (default 4; 1 for sam_promptable)")
-    add("--tune", default="lora", choices=("lora", "full"), help="train LoRA, prompt encoder and decoder, or every parameter")
+    add("--tune", choices=TUNED_BY, help="train LoRA or adapters in the encoder and what follows it, or every parameter (by module: lora, adapter)")
+    add("--adapter_start", choices=STARTS, help="adapters start as SAM itself, or at random as published (default zero)")
+    add("--depth_slices", type=int, metavar="D", help="sam_adapter: look at D neighbouring slices, an odd number (default 1)")
     add("--img_size", type=int, help="side of the network's input, a multiple of 16 (by module)")
     add("--input_size", type=int, help="slices go to this size first, then to img_size (default 224; img_size for sam_promptable)")
     add("--augment", choices=list(AUGMENTATIONS), help="augmentation (by module)")
@@ -183,11 +220,12 @@ def build_parser() -> Parser:
 def resolve(args: argparse.Namespace) -> None:
     """Fills in the defaults that depend on the module and checks every value that needs no file."""
     from pgsam.engine.flags import check_img_size, require_at_least
-    from pgsam.engine.prompt_flags import resolve_prompts
+    from pgsam.engine.prompt_flags import RATERS_RECIPE, check_raters, resolve_prompts
+    from pgsam.engine.recall import resolve_memory
     from pgsam.models import PROMPTED
-    from pgsam.sam.build import vit_sizes
 
-    recipe = RECIPES[args.module]
+    check_raters(args)
+    recipe = RECIPES[args.module] if args.prompt is None else RATERS_RECIPE
     for name, value in recipe.items():
         if getattr(args, name) is None and name not in ("stop_epoch", "rank"):
             setattr(args, name, value)
@@ -200,6 +238,7 @@ def resolve(args: argparse.Namespace) -> None:
     require_at_least(args, num_classes=1, rank=1, input_size=16, max_epochs=1, stop_epoch=1, batch_size=1)
     require_at_least(args, warmup_period=1, weight_decay=0, num_workers=0, seed=0, grad_accum=1, save_interval=1)
     resolve_text(args)
+    resolve_memory(args)
     resolve_validation(args)
     check_img_size(args.img_size)
     if args.stop_epoch > args.max_epochs:
@@ -210,16 +249,35 @@ def resolve(args: argparse.Namespace) -> None:
         raise UserError(f"--grad_clip {args.grad_clip}: expected a positive number")
     if not 0 <= args.dice_param <= 1:
         raise UserError(f"--dice_param {args.dice_param}: expected a number from 0 to 1")
+    resolve_tuning(args, recipe)
+
+
+def resolve_tuning(args: argparse.Namespace, recipe: dict[str, Any]) -> None:
+    """The part of `resolve` that is about what is trained in the encoder."""
+    from pgsam.sam.build import vit_sizes
+
+    args.tune = args.tune or TUNES[args.module][0]
+    if args.tune == "full" and args.module == "sam_lora_image_encoder_mask_decoder":
+        raise UserError(f"--tune full: trains every parameter, which leaves nothing of --module {args.module}; use sam_lora_image_encoder")
+    if args.tune not in TUNES[args.module]:
+        able = ", ".join(module for module, tunes in TUNES.items() if args.tune in tunes)
+        raise UserError(f"--tune {args.tune}: --module {args.module} is tuned by {' or '.join(TUNES[args.module])}; leave it out, or use {able}")
     if args.tune == "full" and args.shard:
         raise UserError("--shard: spreads frozen weights, and --tune full leaves none; leave one of them out")
     if args.tune == "full" and args.rank is not None:
         raise UserError(f"--rank {args.rank}: --tune full trains every parameter and has no LoRA; leave --rank out")
+    if args.tune == "adapter" and args.rank is not None:
+        raise UserError(f"--rank {args.rank}: --tune adapter has no LoRA; leave --rank out")
     if args.tune == "lora" and args.rank is None:
         args.rank = recipe.get("rank", 4)
     if args.rank is not None and args.rank > vit_sizes(args.vit_name).out_chans:
         raise UserError(f"--rank {args.rank}: expected at most {vit_sizes(args.vit_name).out_chans}, the decoder's width")
-    if args.tune == "full" and args.module == "sam_lora_image_encoder_mask_decoder":
-        raise UserError(f"--tune full: trains every parameter, which leaves nothing of --module {args.module}; use sam_lora_image_encoder")
+    if args.adapter_start is not None and args.tune != "adapter":
+        raise UserError(f"--adapter_start: --tune {args.tune} has no adapters; leave it out, or give --tune adapter")
+    if args.depth_slices is not None and args.module != "sam_adapter":
+        raise UserError(f"--depth_slices {args.depth_slices}: --module {args.module} sees single slices; leave it out, or use --module sam_adapter")
+    if args.depth_slices is not None and (args.depth_slices < 1 or args.depth_slices % 2 == 0):
+        raise UserError(f"--depth_slices {args.depth_slices}: expected an odd number, such as 3: the slice itself and as many on either side")
 
 
 def resolve_validation(args: argparse.Namespace) -> None:
@@ -346,10 +404,15 @@ def card_of(folder: "DataFolder", names: tuple[str, ...], ckpt: Path | None, opt
 
 def options_of(args: argparse.Namespace, *, slice_text: bool) -> dict[str, Any]:
     """The module's options that differ from its defaults, as the checkpoint stores them."""
-    options = {"tune": args.tune} if args.tune != "lora" else {}
+    from datasets.refuge import CHANNELS
+
+    options: dict[str, Any] = {} if args.tune == TUNES[args.module][0] else {"tune": args.tune}
+    options |= {name: getattr(args, name) for name in ("adapter_start", "depth_slices") if getattr(args, name) is not None}
     if args.module == "pg_sam":
         options |= {"aligner": args.aligner, "fusion": args.fusion, "refine_steps": args.refine_steps, "slice_text": slice_text}
         options |= {"text_lora": args.text_lora} if args.text_lora else {}
+    if args.prompt is not None:
+        options |= {"channels": list(CHANNELS)}
     return options
 
 
@@ -413,16 +476,19 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
     """Builds everything that the flags name, and trains."""
     from datasets.augment import AUGMENTATIONS
     from datasets.held_out import hold_out_list, hold_out_share
+    from datasets.refuge import TRAINING, RatedPictures, hold_out_pictures, open_refuge
     from datasets.slices import SliceDataset
     from datasets.targets import TargetSlices
     from pgsam.engine.checkpoint import start_from, with_told
     from pgsam.engine.flags import jsonable, resolve_ckpt
     from pgsam.engine.prompt_flags import choose_targets
+    from pgsam.engine.recall import open_memory
     from pgsam.engine.run_folder import RunFolder, newest_state
     from pgsam.engine.text_flags import SliceTextReader, read_store
     from pgsam.engine.train import Trainer, seed_everything, write_provenance
     from pgsam.engine.validate import Validation
     from pgsam.engine.validate_prompts import PromptValidation
+    from pgsam.engine.validate_raters import RaterValidation
     from pgsam.models import PROMPTED, build_model
     from pgsam.models.pg_sam import text_dim
     from pgsam.sam.weights import require_file
@@ -432,13 +498,19 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
     ckpt = resolve_ckpt(args.ckpt, args.vit_name)
     if ckpt is not None:  # before a raw dataset is prepared, which takes a while
         require_file(ckpt, f"the official SAM file of {args.vit_name}")
+    rated = args.prompt is not None
     for turn in (True, False):  # a raw dataset is prepared by the first process, and found prepared by the others
         if turn == world.is_main:
-            folder = open_data(args.root_path, "train", list_dir=args.list_dir, dataset=args.dataset, prepared=args.prepared)
+            if rated:
+                folder = open_refuge(args.root_path, TRAINING)
+            else:
+                folder = open_data(args.root_path, "train", list_dir=args.list_dir, dataset=args.dataset, prepared=args.prepared)
         world.barrier()
     refuse_overlap(folder, args.allow_overlap)
     held_out = None
-    if args.val_list is not None:
+    if rated:
+        folder, held_out = hold_out_pictures(folder, names_file=args.val_list, share=args.val_share, seed=args.seed)
+    elif args.val_list is not None:
         folder, held_out = hold_out_list(folder, args.val_list, allow_overlap=args.allow_overlap)
     elif args.val_share is not None:
         folder, held_out = hold_out_share(folder, args.val_share, args.seed)
@@ -446,11 +518,14 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
     sizes = {"num_classes": len(names), "img_size": args.img_size, "input_size": args.input_size}
     drawn = {"seed": args.seed, "augment": AUGMENTATIONS[args.augment]}
     classes = choose_targets(args.target_classes, names) if args.module in PROMPTED else names
-    if args.module in PROMPTED:
-        dataset: SliceDataset = TargetSlices(folder, targets=[names.index(name) + 1 for name in classes], **sizes, **drawn)
+    dataset: SliceDataset | RatedPictures
+    if rated:
+        dataset = RatedPictures(folder, img_size=args.img_size, **drawn)
+    elif args.module in PROMPTED:
+        dataset = TargetSlices(folder, targets=[names.index(name) + 1 for name in classes], **sizes, **drawn)
         folder = dataset.folder
     else:
-        dataset = SliceDataset(folder, **sizes, **drawn)
+        dataset = SliceDataset(folder, depth_slices=args.depth_slices or 1, **sizes, **drawn)
     store = read_store(args)
     seed_everything(args.seed, bool(args.deterministic))
     options = options_of(args, slice_text=store is not None)
@@ -469,14 +544,21 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
     card = with_told(card_of(folder, classes, ckpt, options, args), model)
     if args.lora_ckpt is not None:
         start_from(model, args.lora_ckpt, card)
+    memory = None
+    if args.index is not None:
+        memory, card = open_memory(args, model, card, folder)
     reader = None
-    if store is not None:
+    if store is not None and isinstance(dataset, SliceDataset):
         encoder = None if args.text_lora else args.text_encoder
         reader = SliceTextReader(store, encoder=encoder, dim=text_dim(model), allow_missing=args.allow_missing_text)
         dataset.texts, dataset.missing_text = reader.read(dataset.names), reader.missing
-    validation: Validation | PromptValidation | None = None
-    if held_out is not None:
-        validation = PromptValidation(held_out, card, names, world) if args.module in PROMPTED else Validation(held_out, card, world, texts=reader)
+    validation: Validation | PromptValidation | RaterValidation | None = None
+    if held_out is not None and rated:
+        validation = RaterValidation(held_out, classes, world, prompt=args.prompt)
+    elif held_out is not None and args.module in PROMPTED:
+        validation = PromptValidation(held_out, card, names, world)
+    elif held_out is not None:
+        validation = Validation(held_out, card, world, texts=reader, respond=memory.respond if memory else None)
     recipe = recipe_of(args, world.device.type)
     command, again = commands(argv, world)
     state, warning = newest_state(args.output) if resuming else (None, None)
@@ -486,7 +568,8 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
         world.barrier()  # behind it, all have read the state
     if world.is_main and args.resume is not None:
         run.clear_up(fell_back=warning is not None)
-    trainer = Trainer(model, dataset, recipe, run, card, world, validate=validation, flags=jsonable(args), again=again)
+    recall = memory.recall if memory else None
+    trainer = Trainer(model, dataset, recipe, run, card, world, validate=validation, flags=jsonable(args), again=again, recall=recall)
     trainer.require_space()
     if state is not None:
         trainer.go_on_from(state, args.output)
@@ -502,8 +585,9 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
         warning,
         trainable_report(model),
         *texts_report(model, reader, len(names)),
-        *targets_report(dataset, classes),
+        *targets_report(dataset, classes, args.prompt),
         *label_warning(store),
+        *(memory.describe(held_out) if memory else ()),
         *(validation.describe() if validation else ()),
     ):
         if line is not None:
@@ -530,6 +614,9 @@ def recipe_of(args: argparse.Namespace, device_type: str) -> "Recipe":
     same += ("grad_accum", "grad_clip", "compile", "channels_last", "save_interval", "shard", "prompt_rounds")
     return Recipe(
         **{name: getattr(args, name) for name in same},
+        rater_prompt=args.prompt,
+        milestones=() if args.prompt is not None else None,  # a constant rate
+        gamma=1.0 if args.prompt is not None else None,
         warmup_period=args.warmup_period if args.warmup else 0,
         adamw=args.AdamW,
         alignment_weight=args.alignment_weight or 0.0,
@@ -553,10 +640,13 @@ def texts_report(model: "SliceModel", reader: "SliceTextReader | None", num_clas
     return lines
 
 
-def targets_report(dataset: "SliceDataset", classes: Sequence[str]) -> list[str]:
-    """A line on what is looked for."""
+def targets_report(dataset: "SliceDataset | RatedPictures", classes: Sequence[str], prompt: str | None) -> list[str]:
+    """A line on what is looked for, and one on what the model is told that only the labels know."""
     from datasets.targets import TargetSlices
+    from pgsam.engine.validate_raters import FROM_TRUTH, WITHOUT
 
+    if prompt is not None:
+        return [f"channels: {', '.join(classes)}, the share of the raters who drew them; {FROM_TRUTH if prompt == 'click' else WITHOUT}"]
     if not isinstance(dataset, TargetSlices):
         return []
     return [f"targets: {', '.join(classes)}; {dataset.left_out} slices that show none of them are left out"]

@@ -45,7 +45,7 @@ def test_models_import_rooms_and_never_the_engine_or_another_paper() -> None:
                 assert name in ("pgsam.models.base", "pgsam.models.card"), (path, name)
 
 
-@pytest.mark.parametrize("own", ["oneshot", "volumetric"])
+@pytest.mark.parametrize("own", ["oneshot", "volumetric", "retrieval"])
 def test_what_stands_beside_the_models_knows_rooms_and_the_ground_floor(own: str) -> None:
     for path in files(f"pgsam/{own}"):
         allowed = {own, "sam", "tuning", "clicks", "errors", "losses", "volume", "volume_io", "resample", "metrics", "overlay"}

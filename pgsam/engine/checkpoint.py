@@ -1,4 +1,4 @@
-"""Files that hold models: our release files, the training state, and SAMed's published `.pth`.
+"""Files that hold models: our release files, the training state, and the `.pth` of SAMed and of Medical-SAM-Adapter.
 
 A release file is one `.safetensors`: the trained tensors under module-path names (every tensor if the model did not start from a SAM file) and
 a card, JSON in the metadata, that says all that is needed to use it on a scan. What was frozen comes from the SAM file it was trained on, named
@@ -7,7 +7,7 @@ by its sha256. Nothing is ever unpickled into code: torch files are read with `w
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,22 @@ from pgsam.errors import UserError
 from pgsam.models import BUILDERS, PROMPTED, READS_TEXT, resolve_class_names
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
+from pgsam.models.msa_files import MsaFile, describe_msa_state, fill_from_msa, msa_state
 from pgsam.models.pg_sam import PGSam, Told, replace_reports, require_encoder, tune_text_encoder
+from pgsam.models.promptable import SAM_PROMPTABLE, build_promptable
 from pgsam.models.samed import describe_samed_state, from_samed_state, is_samed_state
 from pgsam.prior.reports import reports_hash
 from pgsam.prior.text_encoder import load_text_encoder
+from pgsam.retrieval.memory import MemoryAttention
 from pgsam.sam.build import VITS
-from pgsam.sam.weights import OFFICIAL_FILES, fit_sam, read_sam, read_state_dict, require_file, resize_positions, sha256_of, vit_of
+from pgsam.sam.weights import OFFICIAL_FILES, fit_sam, read_sam, read_state_dict, read_torch, require_file, resize_positions, sha256_of, vit_of
 from pgsam.volume_io import replacing
 from pgsam.volumetric.model import M_SAM
 
 METADATA_KEY = "pgsam"
+_EXPECTED = "a checkpoint (.safetensors of ours, or SAMed's or Medical-SAM-Adapter's .pth)"
 SAMED_IMG_SIZE, SAMED_INPUT_SIZE = 512, 224  # what SAMed's files were trained with and do not say
+MSA_POSITIONS = 1024  # the image size whose position embedding Medical-SAM-Adapter's files have, whatever they were trained with
 
 
 def trained_state(model: nn.Module, *, everything: bool = False) -> dict[str, Tensor]:
@@ -64,10 +69,16 @@ def save_release(path: str | Path, model: nn.Module, card: ModelCard, tensors: M
 
 
 def read_card(path: str | Path) -> ModelCard:
-    """The card of a release file, or what is known of a SAMed `.pth` (its settings are SAMed's defaults)."""
+    """The card of a release file, or what is known of a SAMed `.pth` (its settings are SAMed's defaults) or of one of Medical-SAM-Adapter's.
+
+    The latter do not say their image size: their card has `MSA_POSITIONS`. If they are adapters alone, its `sam_sha256` is "": some SAM file.
+    """
     path = Path(path)
-    require_file(path, "a checkpoint (.safetensors of ours, or SAMed's .pth)")
-    return _read_release(path, tensors=False)[0] if path.suffix == ".safetensors" else _read_samed(path)[0]
+    require_file(path, _EXPECTED)
+    if path.suffix == ".safetensors":
+        return _read_release(path, tensors=False)[0]
+    msa = _read_msa(path)
+    return _read_samed(path)[0] if msa is None else _msa_card(msa, MSA_POSITIONS, None)
 
 
 def read_release(path: Path, *, tensors: bool = True) -> tuple[ModelCard, dict[str, Tensor]]:
@@ -117,6 +128,56 @@ def _read_samed(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
     return card, state
 
 
+def _read_msa(path: Path) -> MsaFile | None:
+    """A file of Medical-SAM-Adapter's; None for any other."""
+    state = msa_state(read_torch(path))
+    return None if state is None else describe_msa_state(state, str(path))
+
+
+def _msa_card(msa: MsaFile, img_size: int, channels: Sequence[str] | None) -> ModelCard:
+    options: dict[str, Any] = {"tune": "adapter", "compat": "msa"} | ({} if channels is None else {"channels": list(channels)})
+    return ModelCard(
+        SAM_PROMPTABLE,
+        msa.vit_name,
+        img_size=img_size,
+        input_size=img_size,
+        class_names=tuple(channels or ("object",)),
+        rank=None,
+        image_kind="rgb",
+        window=None,
+        options=options,
+        sam_sha256=None if msa.whole else "",
+    )
+
+
+def _load_msa(
+    msa: MsaFile, path: Path, *, ckpt: str | Path | None, img_size: int | None, input_size: int | None, channels: Sequence[str] | None, verbose: bool
+) -> SliceModel:
+    """The model of a file of Medical-SAM-Adapter's, with its card."""
+    if img_size is None:
+        raise UserError(f"{path}: Medical-SAM-Adapter's files do not say the image size they were trained with: give img_size= (--img_size)")
+    card = _msa_card(msa, img_size, channels)
+    try:
+        model = build_promptable(card.vit_name, img_size, card.class_names, **card.options)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    base = None
+    if not msa.whole:
+        if ckpt is None:
+            raise UserError(f"{path}: holds adapters only and needs the SAM file of {msa.vit_name}: give ckpt= (--ckpt on the command line)")
+        base = read_sam(ckpt, msa.vit_name)
+    fill_from_msa(model, msa, base, str(path))
+    # Its frozen tensors are not as a SAM file has them: what is saved of it holds all of them.
+    model.card = dataclasses.replace(card, input_size=input_size or img_size, sam_sha256=None)
+    if verbose:
+        kind = "a whole model" if msa.whole else f"adapters; all else is {ckpt}'s, but for relative positions, which are zero as in that code"
+        print(
+            f"{path.name}: Medical-SAM-Adapter's {kind}; {msa.left_out} tensors of depth adapters are not used; its files do not say their settings; "
+            f"taken: img_size {img_size}, channels {', '.join(channels) if channels else 'SAM (one mask a prompt)'}"
+        )
+    return model
+
+
 def load_model(
     checkpoint: str | Path,
     *,
@@ -127,20 +188,23 @@ def load_model(
     reports: Mapping[str, str] | str | Path | None = None,
     text_encoder: str | None = None,
     allow_other_base: bool = False,
+    channels: Sequence[str] | None = None,
     verbose: bool = True,
 ) -> SliceModel:
     """A trained model, ready for inference (LoRA stays unmerged; see `pgsam.tuning.lora.merge_lora`).
 
     Args:
-        checkpoint: a release file of ours, or SAMed's or SAMed_s's `.pth`.
+        checkpoint: a release file of ours, SAMed's or SAMed_s's `.pth`, or one of Medical-SAM-Adapter's, whose model is a `sam_promptable`.
         ckpt: the official SAM file; needed when the checkpoint does not hold the frozen tensors.
-        img_size: side of the input in pixels; the checkpoint's by default (512 for SAMed's files, which do not say).
+        img_size: side of the input in pixels; the checkpoint's by default (512 for SAMed's files, which do not say; it must be given for
+            Medical-SAM-Adapter's, which do not say either).
         input_size: see `ModelCard`; the checkpoint's by default (224 for SAMed's files).
         device: `auto`, `cpu`, `cuda` or `mps`.
         reports: organ reports (a JSON file, or a mapping organ -> text) that replace those of the file, for modules that read text. The wordings
             that come with the default encoder's committed embeddings need no encoder, any other text does.
         text_encoder: where the text encoder lies, if not under the name in the file.
         allow_other_base: accept a SAM file with another sha256 than the one the checkpoint was trained on.
+        channels: what the sigmoid channels of a file of Medical-SAM-Adapter's are, which does not say it; see `SamPromptable`.
         verbose: print what a SAMed file leaves unsaid.
 
     Returns:
@@ -150,8 +214,16 @@ def load_model(
         UserError: a file is absent, damaged, or not what is needed; the message says what is.
     """
     path = Path(checkpoint)
-    require_file(path, "a checkpoint (.safetensors of ours, or SAMed's .pth)")
+    require_file(path, _EXPECTED)
     ours = path.suffix == ".safetensors"
+    msa = None if ours else _read_msa(path)
+    if msa is not None:
+        if reports is not None:
+            raise UserError(f"{path}: {SAM_PROMPTABLE} reads no text: it takes no reports")
+        own = _load_msa(msa, path, ckpt=ckpt, img_size=img_size, input_size=input_size, channels=channels, verbose=verbose)
+        return own.eval().to(pick_device(device))
+    if channels is not None:
+        raise UserError(f"{path}: says itself which channels it has, as only Medical-SAM-Adapter's files do not; leave channels= out")
     card, state = _read_release(path) if ours else _read_samed(path)
     trained_size = card.img_size
     sizes: dict[str, Any] = {name: size for name, size in (("img_size", img_size), ("input_size", input_size)) if size is not None}
@@ -178,7 +250,7 @@ def load_model(
 def _build(card: ModelCard, state: Mapping[str, Tensor], path: Path, text_encoder: str | None) -> SliceModel:
     """The model of a card, to be filled."""
     settings = {name: value for name, value in card.options.items() if value is not None}
-    text_lora = settings.pop("text_lora", 0)
+    text_lora, memory = settings.pop("text_lora", 0), settings.pop("rag", None)
     if card.module in READS_TEXT:
         settings["class_tokens"] = card.class_tokens
         if card.reports is not None:
@@ -190,6 +262,8 @@ def _build(card: ModelCard, state: Mapping[str, Tensor], path: Path, text_encode
         model = BUILDERS[card.module](vit_name=card.vit_name, img_size=card.img_size, class_names=card.class_names, rank=card.rank or 4, **settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: expected the settings of {card.module} of this version, found others ({error}); update PG-SAM") from error
+    if memory is not None:
+        model.rag = MemoryAttention(model.mask_decoder.transformer_dim, card.num_classes, memory["heads"])
     if isinstance(model, PGSam) and card.reports is not None and card.text_encoder is not None:
         model.told = Told(card.reports, card.text_encoder, card.text_encoder_sha256 or "", card.reports_saw_labels)
         if text_lora:

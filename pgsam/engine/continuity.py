@@ -21,14 +21,21 @@ _NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch's 
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str]) -> list[str]:
-    """`name value, now value` for what differs and is not free; long values are cut."""
+    """`name value, now value` for what differs and is not free, of mappings their entries; long values are cut."""
 
     def short(value: Any) -> str:
         text = {None: "not given", True: "on", False: "off"}[value] if value is None or isinstance(value, bool) else str(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
 
     names = [name for name in {**before, **now} if name not in free and before.get(name) != now.get(name)]
-    return [f"{name} {short(before.get(name))}, now {short(now.get(name))}" for name in names]
+    found = []
+    for name in names:
+        then, since = before.get(name), now.get(name)
+        if isinstance(then, Mapping) and isinstance(since, Mapping):
+            found += [f"{name} {line}" for line in differences(then, since, ())]
+        else:
+            found.append(f"{name} {short(then)}, now {short(since)}")
+    return found
 
 
 def data_mark(dataset: TrainingSet) -> dict[str, Any]:

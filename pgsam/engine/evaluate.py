@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,20 +26,20 @@ from datasets.layout import DataFolder
 from datasets.volumes import Case, case_path, read_case
 from pgsam.engine.distributed import World, share_out
 from pgsam.engine.log import Log
-from pgsam.engine.predict import segment_slices, similarity_maps
+from pgsam.engine.predict import Respond, SliceTexts, segment_slices, similarity_maps
 from pgsam.engine.text_flags import SliceTextReader, notes_on_texts
 from pgsam.errors import UserError
 from pgsam.metrics import class_metrics, format_table, summarise
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
-from pgsam.overlay import SlicePicture, WorstSlices, for_display, heat, montage, overlay, save_png, show_case
+from pgsam.overlay import SlicePicture, WorstSlices, for_display, heat, montage, overlay, pictures_for_display, save_png, show_case
 from pgsam.report import write_report
 from pgsam.volume import Turn, turn_to
 from pgsam.volume_io import write_volume
 
 Spacing = tuple[float, float, float]
 PROTOCOLS = ("strict", "transunet")
-RESULTS = ("metrics.json", "metrics.csv", "report.html", "test_log", "predictions", "overlays")
+RESULTS = ("metrics.json", "metrics.csv", "report.html", "test_log", "predictions", "overlays", "neighbours")
 
 
 @contextmanager
@@ -72,6 +72,18 @@ def results_folder(output_dir: str | Path) -> Iterator[Path]:
     staging.rmdir()
 
 
+class Method(Protocol):
+    """Another way to segment cases than `segment_case`, which has more to tell of them than labels."""
+
+    def segment(self, case: Case, path: Path, staging: Path) -> tuple[np.ndarray, Any]:
+        """Labels `[D, H, W]` of a case, and what `conclude` is to know of it, in plain types; may write files of its own below `staging`."""
+        ...
+
+    def conclude(self, results: dict[str, Any], known: Mapping[str, Any], log: Log) -> None:
+        """Adds to the content of `metrics.json`, and to the log, what is known of all cases."""
+        ...
+
+
 def evaluate(
     model: SliceModel,
     card: ModelCard,
@@ -84,6 +96,7 @@ def evaluate(
     texts: SliceTextReader | None = None,
     run: Mapping[str, Any] | None = None,
     world: World | None = None,
+    method: Method | None = None,
 ) -> dict[str, Any]:
     """Tests `model` on every volume of `folder` and writes the results folder.
 
@@ -100,6 +113,7 @@ def evaluate(
         texts: reads the reports on the slices, for models that take them.
         run: goes into `settings.run` with the seconds and the time of day.
         world: the processes that test together; this one alone by default.
+        method: segments the cases in the place of `segment_case`.
 
     Returns:
         The content of `metrics.json`: `settings`, `cases` and `summary` (design section 3), undefined values as None. Empty in all processes but
@@ -117,7 +131,9 @@ def evaluate(
             for index in mine:
                 if world.has_failed():
                     break
-                tested.append(_test_case(model, card, folder, index, staging, batch_size=batch_size, save_nifti=save_nifti, texts=texts))
+                tested.append(
+                    _test_case(model, card, folder, index, staging, batch_size=batch_size, save_nifti=save_nifti, texts=texts, method=method)
+                )
                 if world.size == 1:
                     log(tested[-1].line)
         except UserError as error:
@@ -154,6 +170,8 @@ def evaluate(
             "cases": cases,
             "summary": summary,
         }
+        if method is not None:
+            method.conclude(results, {folder.names[one.index]: one.known for one in every}, log)
         (staging / "metrics.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         _write_csv(staging / "metrics.csv", cases)
         write_report(staging / "report.html", results, colours=colours, pictures=worst.pictures)
@@ -169,6 +187,7 @@ class _Tested:
     metrics: dict[str, dict[str, float | None]]
     pictures: list[SlicePicture]
     line: str
+    known: Any
 
 
 def _test_case(
@@ -181,11 +200,16 @@ def _test_case(
     batch_size: int | None,
     save_nifti: bool,
     texts: SliceTextReader | None,
+    method: Method | None,
 ) -> _Tested:
     """Tests one volume and writes the files about it."""
     name = folder.names[index]
     case = read_case(case_path(folder, name), name, card.num_classes)
-    labels = segment_case(model, card, case, case_path(folder, name), batch_size, texts)
+    path, known = case_path(folder, name), None
+    if method is None:
+        labels = segment_case(model, card, case, path, batch_size, texts)
+    else:
+        labels, known = method.segment(case, path, staging)
     metrics = metrics_of_case(labels, case.label, card.class_names, case.spacing_mm)
     one = summarise({name: metrics}, card.class_names, "transunet", n_resamples=0)["mean"]
     maps = [("reference", case.label), ("prediction", labels)]
@@ -198,7 +222,7 @@ def _test_case(
     if save_nifti:
         _save_nifti(staging, case, labels)
     line = f"idx {index} case {name} mean_dice {one['dsc']['mean']:f} mean_hd95 {one['hd95_vox']['mean']:f}"
-    return _Tested(index, metrics, worst.pictures, line)
+    return _Tested(index, metrics, worst.pictures, line, known)
 
 
 def _own_cases(folder: DataFolder, world: World) -> list[int]:
@@ -245,7 +269,10 @@ def refuse_overlap(card: ModelCard, folder: DataFolder, allowed: bool) -> None:
 
 
 def refuse_other_scaling(card: ModelCard, case: Case, path: Path) -> None:
-    """Raises a UserError if a volume is known to have been scaled by another window than the model's training slices."""
+    """Raises a UserError if a volume is known to have been scaled by another window than the model's training slices, or one of them is in colour."""
+    if case.is_colour != (card.image_kind == "rgb"):
+        found, wanted = ("colour", "grey slices") if case.is_colour else ("grey slices", "colour")
+        raise UserError(f"{path} ({case.name}): is in {found}, the checkpoint was trained on {wanted}; test on images as those it was trained on")
     same = case.image_kind == card.image_kind and (card.image_kind == "percentile" or case.window == card.window)
     if case.image_kind is not None and not same:
         raise UserError(
@@ -255,13 +282,46 @@ def refuse_other_scaling(card: ModelCard, case: Case, path: Path) -> None:
 
 
 def segment_case(
-    model: SliceModel, card: ModelCard, case: Case, path: Path, batch_size: int | None = None, texts: SliceTextReader | None = None
+    model: SliceModel,
+    card: ModelCard,
+    case: Case,
+    path: Path,
+    batch_size: int | None = None,
+    texts: SliceTextReader | None = None,
+    respond: Respond | None = None,
 ) -> np.ndarray:
     """Labels `[D, H, W]` of a prepared volume in its stored orientation; the network sees it in the orientation it was trained on.
 
     Raises:
         UserError: the volume was scaled by another window than the training slices, or a slice has no report.
     """
+    laid = lay_as_trained(card, case, path, texts)
+    with tqdm(total=len(laid.image), desc=case.name, unit="slice", leave=False, disable=None) as bar:
+        labels = segment_slices(
+            model, laid.image, input_size=card.input_size, batch_size=batch_size, texts=laid.texts, progress=bar.update, respond=respond
+        )
+    return laid.undo(labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Laid:
+    """A case in the orientation that the network was trained on: `image` [D, H, W], in colour [D, 3, H, W], and the reports on its slices."""
+
+    image: np.ndarray
+    texts: SliceTexts | None
+    turn: Turn | None
+
+    def apply(self, labels: np.ndarray) -> np.ndarray:
+        """Labels of the case as `image` lies."""
+        return labels if self.turn is None else np.ascontiguousarray(self.turn.array(labels))
+
+    def undo(self, labels: np.ndarray) -> np.ndarray:
+        """Labels of `image` in the case's stored orientation."""
+        return labels if self.turn is None else self.turn.undo(labels)
+
+
+def lay_as_trained(card: ModelCard, case: Case, path: Path, texts: SliceTextReader | None = None) -> Laid:
+    """A case in the orientation that the network was trained on. Raises a UserError as `segment_case`."""
     refuse_other_scaling(card, case, path)
     image, turn = case.image, None
     told = texts.read_case(case.name, len(image)) if texts is not None else None
@@ -272,9 +332,7 @@ def segment_case(
         if told is not None:
             order = _slice_order(case, path, turn, card.orientation)
             told = told[torch.from_numpy(order)] if isinstance(told, torch.Tensor) else [told[i] for i in order]
-    with tqdm(total=len(image), desc=case.name, unit="slice", leave=False, disable=None) as bar:
-        labels = segment_slices(model, image, input_size=card.input_size, batch_size=batch_size, texts=told, progress=bar.update)
-    return labels if turn is None else turn.undo(labels)
+    return Laid(np.moveaxis(image, -1, 1) if case.is_colour else image, told, turn)
 
 
 def _slice_order(case: Case, path: Path, turn: Turn, orientation: str) -> np.ndarray:
@@ -334,33 +392,33 @@ def save_similarity_picture(
 ) -> bool:
     """Writes what an aligner sees: a row an organ, how like its report each place of some slices is.
 
-    A row's colour runs from the mean of the organ's cosines in these slices (invisible) to their maximum. `image` [D, H, W] is in [0, 1] and lies as
-    in training. False, and no picture, for a model without an aligner.
+    A row's colour runs from the mean of the organ's cosines in these slices (invisible) to their maximum. `image` [D, H, W], or in
+    colour [D, H, W, 3], is in [0, 1] and lies as in training. False, and no picture, for a model without an aligner.
     """
     chosen = np.linspace(0, len(image) - 1, columns + 2).round().astype(int)[1:-1]
     rows = similarity_rows(model, image[chosen], card, orientation)
     if not rows:
         return False
-    rows.insert(0, [overlay(picture, None, []) for picture in for_display(image[chosen], orientation)])
+    rows.insert(0, [overlay(picture, None, []) for picture in pictures_for_display(image[chosen], orientation)])
     spacing_hw = spacing_mm[1:] if spacing_mm else (1.0, 1.0)
     save_png(montage(rows, row_titles=["image", *card.class_names], legend=[], tile_height=128, spacing_hw=spacing_hw), path)
     return True
 
 
 def similarity_rows(model: SliceModel, slices: np.ndarray, card: ModelCard, orientation: str) -> list[list[np.ndarray]]:
-    """Pictures `(H, W, 3)` as `save_similarity_picture` has them, a row an organ, of `slices` [D, H, W]; none for a model without an aligner."""
-    maps = similarity_maps(model, slices, input_size=card.input_size)
+    """Pictures `(H, W, 3)` as `save_similarity_picture` has them, a row an organ, of `slices` [D, H, W(, 3)]; none for a model without an aligner."""
+    maps = similarity_maps(model, slices if slices.ndim == 3 else np.moveaxis(slices, -1, 1), input_size=card.input_size)
     if maps is None:
         return []
     low, high = maps.mean(axis=(0, 2, 3), keepdims=True), maps.max(axis=(0, 2, 3), keepdims=True)
     maps = (maps - low) / np.maximum(high - low, 1e-6)
-    grey, maps = for_display(slices, orientation), for_display(maps, orientation)
+    pictures, maps = pictures_for_display(slices, orientation), for_display(maps, orientation)
     colours = [colour_of(name, i) for i, name in enumerate(card.class_names)]
-    return [[heat(picture, m[k], colour) for picture, m in zip(grey, maps, strict=True)] for k, colour in enumerate(colours)]
+    return [[heat(picture, m[k], colour) for picture, m in zip(pictures, maps, strict=True)] for k, colour in enumerate(colours)]
 
 
 def _save_nifti(staging: Path, case: Case, labels: np.ndarray) -> None:
     (staging / "predictions").mkdir(exist_ok=True)
-    for suffix, array in (("pred", labels), ("img", case.image), ("gt", case.label)):
+    for suffix, array in (("pred", labels), ("img", case.grey), ("gt", case.label)):
         volume = case.on_source_grid(array)
         write_volume(staging / "predictions" / f"{case.name}_{suffix}.nii.gz", volume.array, volume)

@@ -158,6 +158,8 @@ def open_model(args: argparse.Namespace, device: torch.device) -> SliceModel:
     """
     path: Path = args.checkpoint
     card = read_card(path)
+    if card.options.get("channels"):
+        raise UserError(f"{path}: segments {' and '.join(card.options['channels'])} as several raters drew them; use scripts/test_refuge.py with it")
     if card.module in PROMPTED:
         raise UserError(f"{path}: segments what a prompt or an example points at, not classes; use scripts/p2sam.py --ckpt with it")
     samed = path.suffix != ".safetensors"  # SAMed's files say nothing of sizes: there the flags choose them

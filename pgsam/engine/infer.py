@@ -25,7 +25,7 @@ from tqdm import tqdm
 from datasets.labels import LabelMap, colour_of
 from pgsam.engine.evaluate import PROTOCOLS, metrics_of_case, save_case_picture, save_similarity_picture
 from pgsam.engine.intensity import Intensity, choose_intensity
-from pgsam.engine.predict import segment_scan
+from pgsam.engine.predict import Respond, segment_scan
 from pgsam.engine.text_flags import SliceTextReader, notes_on_texts
 from pgsam.errors import UserError
 from pgsam.metrics import summarise
@@ -172,6 +172,7 @@ def infer(
     options: Options,
     references: Mapping[str, Reference] | None = None,
     texts: SliceTextReader | None = None,
+    respond: Callable[[str], Respond] | None = None,
     settings: Mapping[str, Any] | None = None,
     go_on: bool = False,
     say: Callable[[str], object] = print,
@@ -183,6 +184,7 @@ def infer(
         inputs: as `find_inputs`.
         output: made if it is not there; results of earlier runs with the same names are replaced.
         options, references, texts: see their classes.
+        respond: by the name of a scan, see `predict.segment_slices`.
         settings: goes into `run.json` as it is.
         go_on: after a bad input go on with the next one; its result says what was wrong.
         say: takes a line for the user.
@@ -199,7 +201,7 @@ def infer(
 
     for name, path in inputs.items():
         try:
-            result = infer_case(model, path, output, options=options, reference=(references or {}).get(name), texts=texts, say=say)
+            result = infer_case(model, path, output, options=options, reference=(references or {}).get(name), texts=texts, respond=respond, say=say)
         except (UserError, MemoryError, torch.OutOfMemoryError) as problem:
             error = problem if isinstance(problem, UserError) else UserError(f"{path}: expected memory for this scan, found less ({problem})")
             results.append(CaseResult(name, path.name, error=str(error)))
@@ -223,6 +225,7 @@ def infer_case(
     options: Options,
     reference: Reference | None = None,
     texts: SliceTextReader | None = None,
+    respond: Callable[[str], Respond] | None = None,
     say: Callable[[str], object] = print,
 ) -> CaseResult:
     """Segments one input and writes its labels and pictures. Raises a UserError as `read_scan`, `choose_intensity` or `Reference.read`."""
@@ -245,6 +248,7 @@ def infer_case(
             batch_size=options.batch_size,
             texts=told,
             progress=bar.update,
+            respond=None if respond is None else respond(scan.name),
         )
     result = CaseResult(scan.name, path.name, _hash_of(scan.files), round(time.perf_counter() - started, 3), intensity)
     counts = np.bincount(labels.array.ravel(), minlength=card.num_classes + 1)

@@ -1,20 +1,23 @@
 """What a batch is trained for: how it is put to the model, and the loss of what comes back.
 
 `SemanticObjective`: every class at once, for models that segment classes. `PromptObjective`: one object a sample, asked for by prompts that correct
-the answers, for `sam_promptable`. `VolumeObjective`: one lesion a crop, found by clicks, for M-SAM. The trainer knows neither labels nor prompts.
+the answers, for `sam_promptable`. `RaterObjective`: what several raters drew, as channels of a `sam_promptable`. `VolumeObjective`: one lesion a
+crop, found by clicks, for M-SAM. The trainer knows neither labels nor prompts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgsam.clicks import Click, noisy_box, uniform_error_click, xy
 from pgsam.engine.predict import texts_to
 from pgsam.losses import WHOLE, PromptLoss, SegmentationLoss, Share, dice_and_bce
+from pgsam.models.base import Recall
 from pgsam.models.promptable import SamPromptable
 from pgsam.volumetric.refine import STEPS, VolumeClicks
 
@@ -42,8 +45,9 @@ class Objective(Protocol):
 
 
 def images_of(batch: Batch, device: torch.device, *, channels_last: bool = False) -> Tensor:
-    """`(B, 3, S, S)` on the device."""
-    images = batch["image"].to(device, non_blocking=True).expand(-1, 3, -1, -1)
+    """`(B, 3, S, S)` on the device, or the `(B, D, S, S)` of neighbouring slices."""
+    images = batch["image"].to(device, non_blocking=True)
+    images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
     return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
 
@@ -54,15 +58,25 @@ class SemanticObjective:
         criterion: the loss.
         device: of the model.
         channels_last: of the images.
+        recall: for a model with a memory: names of a batch's slices -> what they recall from.
     """
 
-    def __init__(self, criterion: SegmentationLoss, device: torch.device, *, channels_last: bool = False) -> None:
-        self.criterion, self.device, self.channels_last = criterion, device, channels_last
+    def __init__(
+        self,
+        criterion: SegmentationLoss,
+        device: torch.device,
+        *,
+        channels_last: bool = False,
+        recall: Callable[[Sequence[str]], Recall] | None = None,
+    ) -> None:
+        self.criterion, self.device, self.channels_last, self.recall = criterion, device, channels_last, recall
 
     def inputs(self, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """See `Objective.inputs`."""
         images = images_of(batch, self.device, channels_last=self.channels_last)
-        told = {"text": texts_to(batch["text"], self.device)} if "text" in batch else {}
+        told: dict[str, Any] = {"text": texts_to(batch["text"], self.device)} if "text" in batch else {}
+        if self.recall is not None:
+            told["recall"] = self.recall(batch["case"])
         return (images,), {"upscale": self.criterion.resolution == "both", **told}
 
     def loss(self, outputs: Mapping[str, Any], batch: Batch, share: Share = WHOLE) -> tuple[Tensor, dict[str, Tensor]]:
@@ -169,6 +183,73 @@ class ErrorClicks:
         count = int(generator.integers(MOST_CLICKS + 1))
         clicks = [uniform_error_click(answer, self.targets[sample], generator) for _ in range(count)]
         return clicks + [None] * (MOST_CLICKS - count)
+
+
+RATER_PROMPTS = ("none", "click")
+RATER_WEIGHT = 2.0  # of places that raters drew, in the cross-entropy
+
+
+class RaterObjective:
+    """What several raters drew: one sigmoid channel a structure, its target the share of the raters who drew a place.
+
+    Medical-SAM-Adapter's loss (arXiv 2304.12620, its released trainer): binary cross-entropy of the full-size logits, in which what was drawn weighs
+    twice. Its prompt "none" is a positive point at (0, 0) for every picture; here it is no prompt at all.
+
+    Args:
+        prompt: one of `RATER_PROMPTS`; a click is `consensus_click`.
+        seed: of the clicks, with the epoch and the picture.
+        device: of the model.
+        channels_last: of the images.
+    """
+
+    def __init__(self, prompt: str, seed: int, device: torch.device, *, channels_last: bool = False) -> None:
+        if prompt not in RATER_PROMPTS:
+            raise ValueError(f"prompt is one of {', '.join(RATER_PROMPTS)}, not {prompt!r}")
+        self.prompt, self.seed, self.device, self.channels_last = prompt, seed, device, channels_last
+
+    def inputs(self, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """See `Objective.inputs`."""
+        images = images_of(batch, self.device, channels_last=self.channels_last)
+        if self.prompt == "none":
+            return (images,), {}
+        generators = [np.random.default_rng((self.seed, _PROMPT_STREAM, *key)) for key in batch["key"].tolist()]
+        clicks = [consensus_click(target, generator) for target, generator in zip(batch["target"].numpy(), generators, strict=True)]
+        return (images,), {"points": pixel_points(clicks, self.device)}
+
+    def loss(self, outputs: Mapping[str, Any], batch: Batch, share: Share = WHOLE) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Objective.loss`."""
+        target = batch["target"].to(self.device, non_blocking=True)
+        weight = torch.tensor(RATER_WEIGHT, device=self.device)
+        bce = share.weigh_mean(F.binary_cross_entropy_with_logits(outputs["masks"].float(), target, pos_weight=weight))
+        return bce, {"bce": bce.detach()}
+
+    def probes(self, batch: Batch) -> list[Batch]:
+        """The batch: every one reaches the same parameters, with a click or with "no point" in its place."""
+        return [batch]
+
+
+def consensus_click(agreement: np.ndarray, generator: np.random.Generator) -> Click | None:
+    """A click taken from the ground truth: any place that half of the raters or more drew, of a channel drawn from those with such a place.
+
+    Args:
+        agreement: `(M, H, W)`, the share of the raters who drew a place, in [0, 1].
+        generator: decides the channel, then the place; all are equally likely.
+
+    Returns:
+        None where no channel has such a place.
+    """
+    masks = [mask for mask in agreement >= 0.5 if mask.any()]
+    if not masks:
+        return None
+    mask = masks[generator.integers(len(masks))]
+    return uniform_error_click(np.zeros_like(mask), mask, generator)
+
+
+def pixel_points(clicks: Sequence[Click | None], device: torch.device) -> tuple[Tensor, Tensor]:
+    """One click a sample, on pixels of the input, as SAM's points `(B, 1, 2)` and labels `(B, 1)`; None becomes "no point"."""
+    places = xy(np.array([[click.place if click else (0, 0)] for click in clicks]))
+    labels = torch.tensor([[int(click.positive) if click else -1] for click in clicks])
+    return torch.from_numpy(places.copy()).float().to(device), labels.to(device)
 
 
 @dataclass(frozen=True)

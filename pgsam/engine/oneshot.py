@@ -5,6 +5,7 @@
 | Meta's SAM (vit_b, vit_l, vit_h), MedSAM's, or another in that layout | all of it |
 | P2SAM's `.pth` | all of it; its LoRA is worked into the weights (`pgsam.sam.foreign`) |
 | ours of `sam_promptable` | all of it |
+| Medical-SAM-Adapter's `.pth` | all of it, at the image size that is given; adapters alone need their SAM file beside them |
 | ours of another module, SAMed's `.pth` | the tuned image encoder; prompt encoder and decoder, which these methods change, come from a SAM file |
 
 How a file wants its images stands in ours. The others do not say it and are taken as Meta's, unless the user says that they are as MedSAM's.
@@ -25,11 +26,13 @@ from pgsam.engine.device import DEVICES, pick_device
 from pgsam.engine.flags import check_img_size, require_at_least, resolve_ckpt
 from pgsam.errors import UserError
 from pgsam.models.card import ModelCard
-from pgsam.models.promptable import SAM_PROMPTABLE, encoder_identity, promptable_backbone
+from pgsam.models.msa_files import msa_state
+from pgsam.models.promptable import SAM_PROMPTABLE, promptable_backbone
 from pgsam.models.samed import is_samed_state
 from pgsam.sam.backbone import SamBackbone
 from pgsam.sam.build import VITS, build_image_encoder, build_mask_decoder, build_prompt_encoder
 from pgsam.sam.foreign import LORA_STATES, has_lora, sam_layout, without_lora
+from pgsam.sam.identity import encoder_identity
 from pgsam.sam.image_encoder import ImageEncoder
 from pgsam.sam.preprocess import MEDSAM, SAM, Preprocess
 from pgsam.sam.weights import OFFICIAL_FILES, fit_sam, read_state_dict, read_torch, require_file, sha256_of, vit_of
@@ -37,16 +40,24 @@ from pgsam.tuning.lora import merge_lora
 
 PREPROCESS = {"sam": SAM, "medsam": MEDSAM}
 RANDOM_SIZE = 1024
-_EXPECTED = "a checkpoint (Meta's, MedSAM's, P2SAM's or SAMed's .pth, or a .safetensors of ours)"
+_EXPECTED = "a checkpoint (Meta's, MedSAM's, P2SAM's, SAMed's or Medical-SAM-Adapter's .pth, or a .safetensors of ours)"
 
 
 def add_backbone_flags(parser: argparse.ArgumentParser, *, ckpt_default: str | Path | None) -> None:
     """The flags that `open_backbone` reads; `ckpt_default` is the default of `--ckpt`, which is required where it is None."""
     add = parser.add_argument
     default = f" (default {ckpt_default}, or Meta's of --sam-type)" if ckpt_default else ""
-    add("--ckpt", required=ckpt_default is None, help=f"SAM's, MedSAM's, P2SAM's, SAMed's or our file{default}, or none for a random start")
+    add(
+        "--ckpt",
+        required=ckpt_default is None,
+        help=f"SAM's, MedSAM's, P2SAM's, SAMed's, Medical-SAM-Adapter's or our file{default}, or none for a random start",
+    )
     add("--sam-type", "--sam_type", choices=list(VITS), help="image encoder; must be the file's, and is needed for a random start")
-    add("--img_size", type=int, help=f"side of the network's input, a multiple of 16 (default: the file's; Meta's have {RANDOM_SIZE})")
+    add(
+        "--img_size",
+        type=int,
+        help=f"side of the network's input, a multiple of 16 (default: the file's; Meta's have {RANDOM_SIZE}, Medical-SAM-Adapter's do not say)",
+    )
     add("--preprocess", choices=list(PREPROCESS), help="how a file that does not say it wants its images (default sam)")
     add(
         "--lora_state",
@@ -211,6 +222,8 @@ def _recognise(path: Path) -> tuple[str, ModelCard | dict[str, Tensor]]:
         card = read_card(path)
         return "promptable" if card.module == SAM_PROMPTABLE else "classes", card
     content = read_torch(path)
+    if msa_state(content) is not None:
+        return "promptable", read_card(path)
     state = sam_layout(content, path)
     if state is not None:
         return "p2sam" if has_lora(state) else "sam", state
@@ -265,6 +278,8 @@ def _tuned_encoder(path: Path, card: ModelCard, img_size: int | None, base: str 
     state = _read_base(base, card.vit_name)
     whole = path.suffix == ".safetensors" and card.sam_sha256 is None
     model = load_model(path, ckpt=None if whole else base, img_size=img_size, device="cpu", verbose=verbose)
+    if model.depth_slices > 1:
+        raise UserError(f"{path}: expected an encoder of single images, found one of {model.depth_slices} neighbouring slices; give another")
     merge_lora(model.image_encoder)
     parts = _Parts(card.vit_name, model.img_size, model.image_encoder)
     target = {name: value for name, value in parts.state_dict().items() if not name.startswith("image_encoder.")}

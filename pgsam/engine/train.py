@@ -12,7 +12,7 @@ import random
 import shlex
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,12 +35,12 @@ from pgsam.engine.continuity import bytes_of, data_mark, differences, not_determ
 from pgsam.engine.device import environment
 from pgsam.engine.distributed import World, shard_frozen, whole
 from pgsam.engine.interruption import Interrupted, Interruption
-from pgsam.engine.objective import Objective, PromptObjective, Refinement, SemanticObjective, VolumeObjective, volume_groups
+from pgsam.engine.objective import Objective, PromptObjective, RaterObjective, Refinement, SemanticObjective, VolumeObjective, volume_groups
 from pgsam.engine.run_folder import RunFolder
 from pgsam.engine.schedule import learning_rate, stepwise_rate
 from pgsam.errors import UserError
 from pgsam.losses import SegmentationLoss, Share
-from pgsam.models.base import SliceModel
+from pgsam.models.base import Recall, SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.sam.weights import sha256_of
 from pgsam.tuning.trainable import trainable_count
@@ -81,15 +81,19 @@ class Recipe:
     patience: int | None = None
     shard: bool = False
     prompt_rounds: int | None = None
+    rater_prompt: str | None = None
     milestones: tuple[int, ...] | None = None  # epochs after which the rate is multiplied by gamma, in place of warm-up and decay
     gamma: float | None = None
     refinement: Refinement | None = None
 
 
-def build_objective(recipe: Recipe, device: torch.device) -> Objective:
-    """What the recipe trains for: lesions in volumes, where it says how they are asked for; prompts, where it says how many rounds; else classes."""
+def build_objective(recipe: Recipe, device: torch.device, recall: Callable[[Sequence[str]], Recall] | None = None) -> Objective:
+    """What the recipe trains for: lesions in volumes or raters' masks, where it says how they are asked for; prompts, where it says how many rounds;
+    else classes."""
     if recipe.refinement is not None:
         return VolumeObjective(recipe.refinement, recipe.seed, device)
+    if recipe.rater_prompt is not None:
+        return RaterObjective(recipe.rater_prompt, recipe.seed, device, channels_last=recipe.channels_last)
     if recipe.prompt_rounds is not None:
         return PromptObjective(recipe.prompt_rounds, recipe.seed, device, channels_last=recipe.channels_last)
     criterion = SegmentationLoss(
@@ -99,7 +103,7 @@ def build_objective(recipe: Recipe, device: torch.device) -> Objective:
         deep_weight=recipe.deep_weight,
         dice_reduction=recipe.dice_reduction,
     )
-    return SemanticObjective(criterion, device, channels_last=recipe.channels_last)
+    return SemanticObjective(criterion, device, channels_last=recipe.channels_last, recall=recall)
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -142,7 +146,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]
 # Other sizes of a batch are there for another number of processes: the slices come in the same order.
 FREE = ("stop_epoch", "num_workers", "compile", "save_interval", "val_interval", "patience", "batch_size", "grad_accum", "deterministic", "shard")
 # As flags of train.py, besides: places, of which the content is compared in the model card or by `data_mark`, and what the card says anyway.
-PLACES = ("config", "resume", "output", "root_path", "prepared", "list_dir", "val_list", "ckpt", "lora_ckpt", "text_encoder", "reports")
+PLACES = ("config", "resume", "output", "root_path", "prepared", "list_dir", "val_list", "ckpt", "lora_ckpt", "text_encoder", "reports", "index")
 VOLUME_PLACES = ("work_dir", "task_name", "checkpoint", "cache_gib")  # of scripts/train_msam.py
 FREE_FLAGS = (*FREE, *PLACES, *VOLUME_PLACES, "allow_overlap", "num_classes", "dataset", "device", "checkpointing")
 
@@ -166,7 +170,7 @@ class Means:
 
 
 class Watch(Protocol):
-    """What is done with held-out cases in the course of a training: `Validation`, `PromptValidation` and `VolumeValidation`."""
+    """What is done with held-out cases in the course of a training: `Validation`, `PromptValidation`, `RaterValidation` and `VolumeValidation`."""
 
     pictures: dict[str, np.ndarray]  # of the last time, name -> (h, w, 3) uint8
 
@@ -213,6 +217,7 @@ class Trainer:
             the model with the largest `val_dsc`, the earliest of equals.
         flags: the values of all flags of the command line; a run goes on with the flags it was started with, but for those in `FREE_FLAGS`.
         again: the command that goes on with the run, for the last line of one that a signal ended.
+        recall: see `SemanticObjective`.
     """
 
     def __init__(
@@ -227,6 +232,7 @@ class Trainer:
         validate: Watch | None = None,
         flags: Mapping[str, Any] | None = None,
         again: str = "the same command with --resume auto",
+        recall: Callable[[Sequence[str]], Recall] | None = None,
     ) -> None:
         self.model, self.dataset, self.recipe, self.run, self.card, self.world, self.validate = model, dataset, recipe, run, card, world, validate
         model.to(world.device)
@@ -238,7 +244,7 @@ class Trainer:
         groups = parameter_groups(model, recipe)
         self.rates = [group.pop("rate") for group in groups]
         self.optimizer = build_optimizer(groups, recipe)
-        self.objective = build_objective(recipe, world.device)
+        self.objective = build_objective(recipe, world.device, recall)
         self.dtype = AMP[recipe.amp]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "fp16")
         self.sampler = UpdateSampler(
@@ -393,10 +399,14 @@ class Trainer:
         """What the run folder still needs on the disk, at most: three training states (one is being written) and the release files."""
         parameters, buffers = list(self.model.parameters()), list(self.model.buffers())
         trained = bytes_of(p for p in parameters if p.requires_grad)
-        release = bytes_of([*parameters, *buffers]) if self.card.sam_sha256 is None else trained + bytes_of(buffers)
+        release = bytes_of([*parameters, *buffers]) if self.card.sam_sha256 is None else trained + self._kept_bytes() + bytes_of(buffers)
         moments = 2 if self.recipe.adamw else 1
         present = sum(file.stat().st_size for file in self.run.path.glob("*") if file.suffix in (".pt", ".safetensors"))
         return max(0, 3 * (release + moments * trained) + (1 if self.validate is None else 2) * release - present)
+
+    def _kept_bytes(self) -> int:
+        kept = tuple(getattr(self.model, "kept", ()))
+        return bytes_of(p for name, p in self.model.named_parameters() if not p.requires_grad and name.startswith(kept))
 
     def _is_stale(self) -> bool:
         return self.recipe.patience is not None and self.without_gain >= self.recipe.patience

@@ -4,7 +4,7 @@ What it measures is what test.py measures of a release file, in float32 whatever
 `pgsam.metrics`), and HD95 in mm. Several processes share the volumes out, and each ends with the numbers that one process has.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from datasets.held_out import HeldOut, HeldOutCase
 from pgsam.engine.board import Panel
 from pgsam.engine.distributed import World
 from pgsam.engine.evaluate import metrics_of_case, refuse_other_scaling, segment_case
+from pgsam.engine.predict import Respond
 from pgsam.engine.text_flags import SliceTextReader
 from pgsam.errors import UserError
 from pgsam.metrics import summarise
@@ -30,6 +31,7 @@ class Validation:
         card: of the model that is trained.
         world: the processes; process r takes the cases r, r + size, ...
         texts: reads the reports on the slices, for a model that takes them.
+        respond: for a model with a memory, by the name of a case; see `predict.segment_slices`.
         batch_size: slices at a time; None for `predict.default_batch_size`.
 
     Attributes:
@@ -41,11 +43,19 @@ class Validation:
     """
 
     def __init__(
-        self, held_out: HeldOut, card: ModelCard, world: World, *, texts: SliceTextReader | None = None, batch_size: int | None = None
+        self,
+        held_out: HeldOut,
+        card: ModelCard,
+        world: World,
+        *,
+        texts: SliceTextReader | None = None,
+        respond: Callable[[str], Respond] | None = None,
+        batch_size: int | None = None,
     ) -> None:
+        self.respond = respond
         self.held_out, self.names, self.card, self.world, self.batch_size = held_out, held_out.names, card, world, batch_size
         self.own = held_out.cases[world.rank :: world.size]
-        self.texts = _Told(texts, self.own) if texts is not None else None
+        self.texts = HeldOutTexts(texts, self.own) if texts is not None else None
         self.pictures: dict[str, np.ndarray] = {}
         self._panel: Panel | None = None
         labelled = 0
@@ -88,7 +98,8 @@ class Validation:
         found = {}
         for held in self.own:
             case = held.read(self.card.num_classes)
-            labels = segment_case(model, self.card, case, held.place, self.batch_size, self.texts)
+            respond = None if self.respond is None else self.respond(case.name)
+            labels = segment_case(model, self.card, case, held.place, self.batch_size, self.texts, respond)
             found[case.name] = metrics_of_case(labels, case.label, names, case.spacing_mm)
             if self._panel is not None and self._panel.name == case.name:
                 self.pictures["slices"] = self._panel.draw(model, case, labels)
@@ -117,7 +128,7 @@ def _points(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-class _Told(SliceTextReader):
+class HeldOutTexts(SliceTextReader):
     """Reads the reports on each case once, and knows the slices of those that are put together from such."""
 
     def __init__(self, reader: SliceTextReader, cases: Sequence[HeldOutCase]) -> None:
@@ -125,7 +136,7 @@ class _Told(SliceTextReader):
         self._slices = {case.name: case.slices for case in cases}
         self._read: dict[str, torch.Tensor | list[str]] = {}
 
-    def read_case(self, case: str, slices: int) -> torch.Tensor | list[str]:
+    def read_case(self, case: str, slices: int) -> torch.Tensor | list[str]:  # noqa: D102
         if case not in self._read:
             names = self._slices[case]
             if names:

@@ -7,6 +7,7 @@ from typing import Any
 from pgsam.models.base import SliceModel
 from pgsam.models.pg_sam import PG_SAM, build_pg_sam, build_with_reports
 from pgsam.models.promptable import SAM_PROMPTABLE, build_promptable
+from pgsam.models.sam_adapter import SAM_ADAPTER, build_sam_adapter
 from pgsam.models.samed import SAMED, SAMED_S, build_samed
 from pgsam.sam.weights import load_sam
 
@@ -26,12 +27,22 @@ def _pg_sam(**arguments: Any) -> SliceModel:
     return build_pg_sam(**arguments)
 
 
+def _sam_adapter(*, rank: int, **arguments: Any) -> SliceModel:
+    return build_sam_adapter(**arguments)  # it has no LoRA: every builder is told a rank
+
+
 def _promptable(**arguments: Any) -> SliceModel:
     return build_promptable(**arguments)
 
 
 # What `load_model` fills with a file's tensors; `build_model` starts afresh.
-BUILDERS: dict[str, Callable[..., SliceModel]] = {PG_SAM: _pg_sam, SAMED: _samed, SAMED_S: _samed_s, SAM_PROMPTABLE: _promptable}
+BUILDERS: dict[str, Callable[..., SliceModel]] = {
+    PG_SAM: _pg_sam,
+    SAMED: _samed,
+    SAMED_S: _samed_s,
+    SAM_ADAPTER: _sam_adapter,
+    SAM_PROMPTABLE: _promptable,
+}
 READS_TEXT = (PG_SAM,)
 PROMPTED = (SAM_PROMPTABLE,)  # segment what a prompt points at, not classes
 
@@ -62,7 +73,8 @@ def build_model(
     """A model of `module`, started from an official SAM file.
 
     Args:
-        module: `pg_sam`, `sam_lora_image_encoder` (SAMed), `sam_lora_image_encoder_mask_decoder` (SAMed_s) or `sam_promptable`.
+        module: `pg_sam`, `sam_lora_image_encoder` (SAMed), `sam_lora_image_encoder_mask_decoder` (SAMed_s), `sam_adapter` (Medical-SAM-Adapter) or
+            `sam_promptable`.
         vit_name: `vit_b`, `vit_l`, `vit_h` or `vit_tiny`.
         img_size: side of the input in pixels, a multiple of 16.
         num_classes: foreground classes; channel 0 of the output is the background (`sam_promptable`: those it is trained to find, one at a time).
@@ -72,7 +84,7 @@ def build_model(
         reports: organ reports of a module that reads text: a JSON file, a mapping organ -> text, `"none"` for no information, None for the built-in.
         class_tokens: `learned`; modules that read text also know `text`.
         verbose: print the report on the weights.
-        options: of the module, see `build_samed`, `build_with_reports` and `build_promptable`.
+        options: of the module, see `build_samed`, `build_sam_adapter`, `build_with_reports` and `build_promptable`.
 
     Returns:
         A module that takes `(B, 3, S, S)` in [0, 1]; see `pgsam.models.samed.SAMed`, `pgsam.models.pg_sam.PGSam` and

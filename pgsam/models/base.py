@@ -1,12 +1,18 @@
 """What every model that segments slices by classes has, whatever its paper."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor, nn
 
+from pgsam.errors import UserError
 from pgsam.models.card import ModelCard
 from pgsam.sam.image_encoder import ImageEncoder
+
+Recall = Callable[[Tensor], Any]
+"""An embedding `(B, C, g, g)` of the encoder -> what is retrieved for it (`pgsam.retrieval.memory.BatchMemories`)."""
 
 
 class SliceModel(nn.Module):
@@ -24,6 +30,8 @@ class SliceModel(nn.Module):
     """
 
     card: ModelCard  # set by `load_model`
+    rag: nn.Module | None  # `pgsam.retrieval.memory.MemoryAttention`, where one is trained
+    depth_slices: int = 1  # neighbouring slices that `forward` takes for each that it segments
     kept: tuple[str, ...] = ()  # prefixes of frozen parameters that a SAM file does not give back, so that checkpoints must hold them
 
     def __init__(
@@ -42,6 +50,7 @@ class SliceModel(nn.Module):
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
+        self.rag = None
         self.class_names = tuple(class_names)
 
     @property
@@ -49,6 +58,28 @@ class SliceModel(nn.Module):
         """Side of the input in pixels."""
         return self.image_encoder.img_size
 
-    def forward(self, images: Tensor, *, upscale: bool = True) -> dict[str, Tensor]:
+    def recall_into(self, embedding: Tensor, recall: Recall | None) -> Tensor:
+        """The encoder's embedding with what it recalls of annotated slices; itself in a model without a memory, which asks for nothing.
+
+        Raises:
+            UserError: the model has a memory, and there is nothing to recall from.
+        """
+        if self.rag is None:
+            return embedding
+        if recall is None:
+            raise UserError("this model recalls annotated slices (it was trained with --index): give its index, as scripts/test_rag.py --index does")
+        return self.rag(embedding, recall(embedding))
+
+    def forward(self, images: Tensor, *, recall: Recall | None = None, upscale: bool = True) -> dict[str, Tensor]:
         """Segments a batch; without `upscale` the full-size `masks` are left out (a low-resolution loss has no use for them)."""
         raise TypeError(f"{type(self).__name__} has no forward of its own")
+
+
+@contextmanager
+def without_memory(model: SliceModel) -> Iterator[None]:
+    """Within it the model is as it was before a memory was trained on it."""
+    memory, model.rag = model.rag, None
+    try:
+        yield
+    finally:
+        model.rag = memory

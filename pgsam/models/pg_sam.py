@@ -20,13 +20,14 @@ from pgsam.decoding.class_tokens import TextClassTokens, attend_classes
 from pgsam.decoding.fusion import MultiLevelFusion
 from pgsam.decoding.refiner import IterativeMaskRefiner
 from pgsam.errors import UserError
-from pgsam.models.base import SliceModel
+from pgsam.models.base import Recall, SliceModel
 from pgsam.prior.aligner import ALIGNERS
 from pgsam.prior.organ_texts import NO_REPORTS, OrganTexts, gather_wordings, open_encoder, read_distinct
 from pgsam.prior.reports import builtin_reports, normalise_name, read_organ_reports
 from pgsam.prior.text_encoder import BUILTIN_ENCODER, TextEncoder, embed_texts, load_text_encoder
 from pgsam.sam.build import build_image_encoder, build_mask_decoder, build_prompt_encoder, vit_sizes
 from pgsam.sam.image_encoder import ImageEncoder
+from pgsam.tuning.adapter import MARK, add_adapters
 from pgsam.tuning.lora import LoRALinear, add_encoder_lora
 from pgsam.tuning.trainable import train_only
 
@@ -100,7 +101,9 @@ class PGSam(SliceModel):
         """Organ name -> the report in use; empty where no part reads text."""
         return dict(self.told.reports) if self.told is not None else {}
 
-    def forward(self, images: Tensor, text: Tensor | Sequence[str] | None = None, *, upscale: bool = True) -> dict[str, Tensor]:  # noqa: D102
+    def forward(  # noqa: D102
+        self, images: Tensor, text: Tensor | Sequence[str] | None = None, *, recall: Recall | None = None, upscale: bool = True
+    ) -> dict[str, Tensor]:
         if text is not None and self.null_text is None:
             raise ValueError("this model reads no reports on slices (slice_text=False)")
         levels: list[Tensor] = []
@@ -108,13 +111,14 @@ class PGSam(SliceModel):
             embedding, levels = self.image_encoder(images, levels=self.image_encoder.global_blocks)
         else:
             embedding = self.image_encoder(images)
+        recalled = self.recall_into(embedding, recall)
         reports = self.texts() if self.texts is not None else None
         outputs: dict = {}
         guide = None
         if self.aligner is not None and self.aligner_gate is not None:
             alignment = self.aligner(embedding, reports, self._slice_reports(text, len(images)))
             guide = alignment.guide
-            embedding = embedding + self.aligner_gate * guide
+            recalled = recalled + self.aligner_gate * guide
             outputs |= {"similarity": alignment.similarity, "guide": guide}
             if alignment.logits is not None:
                 outputs["alignment_logits"] = alignment.logits
@@ -122,7 +126,7 @@ class PGSam(SliceModel):
         tokens = decoder.mask_tokens.weight
         if self.text_tokens is not None:
             tokens = torch.cat([tokens, self.text_tokens(reports)])
-        iou_token, tokens, image_tokens = attend_classes(self.prompt_encoder, decoder, embedding, tokens)
+        iou_token, tokens, image_tokens = attend_classes(self.prompt_encoder, decoder, recalled, tokens)
         features = self._mask_embedding(image_tokens, levels, images, guide)
         kernels = torch.stack([mlp(tokens[:, i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1)
         if self.text_tokens is not None:
@@ -189,6 +193,7 @@ def build_pg_sam(
     rank: int = 4,
     lora_blocks: Sequence[int] | None = None,
     tune: str = "lora",
+    adapter_start: str = "zero",
     checkpointing: bool = False,
 ) -> PGSam:
     """A PG-SAM at its random start, without reports yet (`PGSam.texts`), with what is not trained frozen.
@@ -204,13 +209,15 @@ def build_pg_sam(
         fusion: `"gated"`, `"replace"` or `"none"`; MLFF.
         refine_steps: T of IMO; 0 for none.
         slice_text: whether `forward` takes reports on slices.
-        rank, lora_blocks, tune, checkpointing: as in `build_samed`. With `tune="full"` only what nothing uses is frozen.
+        rank, lora_blocks, tune, checkpointing: as in `build_samed`. With `tune="full"` only what nothing uses is frozen; with `"adapter"` the encoder
+            gets adapters in the place of LoRA.
+        adapter_start: see `pgsam.tuning.adapter.Adapter`.
     """
     for name, value, known in (
         ("class_tokens", class_tokens, CLASS_TOKENS),
         ("aligner", aligner, (*ALIGNERS, NO_ALIGNER)),
         ("fusion", fusion, FUSIONS),
-        ("tune", tune, ("lora", "full")),
+        ("tune", tune, ("lora", "adapter", "full")),
     ):
         if value not in known:
             raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}")
@@ -218,8 +225,8 @@ def build_pg_sam(
         raise ValueError("reports on slices are read by the aligner: slice_text needs one")
     if missing and class_tokens == "text":
         raise ValueError("with text class tokens a class is its report: none may be missing")
-    if tune == "full" and lora_blocks is not None:
-        raise ValueError("tune='full' trains every parameter: it takes no chosen LoRA blocks")
+    if tune != "lora" and lora_blocks is not None:
+        raise ValueError(f"tune={tune!r} puts on no LoRA: it takes no chosen LoRA blocks")
     sizes = vit_sizes(vit_name)
     dim, text = sizes.out_chans, class_tokens == "text"
     encoder = build_image_encoder(vit_name, img_size, checkpointing=checkpointing)
@@ -241,12 +248,14 @@ def build_pg_sam(
     )
     if tune == "lora":
         add_encoder_lora(encoder, rank, lora_blocks)
+    elif tune == "adapter":
+        add_adapters(encoder, start=adapter_start)
     unused = ["prompt_encoder.point_embeddings", "prompt_encoder.not_a_point_embed", "prompt_encoder.mask_downscaling", *PGSam.kept]
     if fusion == "replace":
         unused.append("mask_decoder.output_upscaling")
-    if tune == "lora":
+    if tune != "full":
         unused.append("image_encoder.")
-    train_only(model, lambda name: ".lora_" in name or not name.startswith(tuple(unused)))
+    train_only(model, lambda name: ".lora_" in name or MARK in name or not name.startswith(tuple(unused)))
     return model
 
 

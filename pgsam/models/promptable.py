@@ -15,15 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.sam.backbone import SamBackbone
 from pgsam.sam.build import build_image_encoder, build_mask_decoder, build_prompt_encoder
+from pgsam.sam.identity import encoder_identity
 from pgsam.sam.preprocess import PIXEL_MEAN, PIXEL_STD, Preprocess
+from pgsam.tuning.adapter import MARK, add_adapters
 from pgsam.tuning.lora import LoRALinear
 from pgsam.tuning.trainable import train_only
 
 SAM_PROMPTABLE = "sam_promptable"
+TUNES = ("lora", "adapter", "full")
 _TRAINED = ("image_encoder.patch_embed.", "image_encoder.neck.", "prompt_encoder.", "mask_decoder.")  # besides LoRA
 
 
@@ -36,13 +40,20 @@ class Dialogue(Protocol):
 
 
 class SamPromptable(SliceModel):
-    """SAM, asked by prompts; `class_names` are the classes it was trained to find, one at a time, and mean nothing to its outputs."""
+    """SAM, asked by prompts; `class_names` are the classes it was trained to find, one at a time, and mean nothing to its outputs.
+
+    With `channels` its outputs do have a meaning: mask token i is a mask of its own, of `channels[i]`, whatever the prompt (as Medical-SAM-Adapter
+    segments optic cup and disc); at most as many as SAM has mask tokens, four.
+    """
 
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, *parts: Any, class_names: Sequence[str]) -> None:
+    def __init__(self, *parts: Any, class_names: Sequence[str], channels: Sequence[str] | None = None) -> None:
         super().__init__(*parts, class_names=class_names, class_tokens="prompts")
+        if channels is not None and not 0 < len(channels) <= self.mask_decoder.num_mask_tokens:
+            raise ValueError(f"channels are mask tokens: 1 to {self.mask_decoder.num_mask_tokens} of them, not {len(channels)}")
+        self.channels = None if channels is None else tuple(channels)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1) / 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1) / 255, persistent=False)
 
@@ -70,13 +81,18 @@ class SamPromptable(SliceModel):
 
         Returns:
             `low_res_logits` `(B, M, S/4, S/4)`, `iou_predictions` `(B, M)` and, with `upscale`, `masks` `(B, M, S, S)` logits; M is 1, or 3 with
-            `multimask`. Every channel is a mask of its own: there is no background.
+            `multimask`, or the number of `channels`. Every channel is a mask of its own: there is no background.
+
+        Raises:
+            ValueError: `multimask` of a model with channels, whose tokens are no three answers to one prompt.
         """
+        if multimask and self.channels is not None:
+            raise ValueError(f"a model with the channels {', '.join(self.channels)} has no three answers to one prompt; leave multimask out")
         embedding = self.encode(images)
         if dialogue is not None:
             return dialogue(self, embedding)
         logits, iou = self.decode(embedding, points, boxes, mask_inputs)
-        chosen = slice(1, None) if multimask else slice(0, 1)
+        chosen = slice(1, None) if multimask else slice(0, 1 if self.channels is None else len(self.channels))
         outputs = {"low_res_logits": logits[:, chosen], "iou_predictions": iou[:, chosen]}
         if upscale:
             outputs["masks"] = F.interpolate(outputs["low_res_logits"], images.shape[-2:], mode="bilinear", align_corners=False)
@@ -103,7 +119,16 @@ class SamPromptable(SliceModel):
 
 
 def build_promptable(
-    vit_name: str, img_size: int, class_names: Sequence[str], *, rank: int = 1, tune: str = "lora", checkpointing: bool = False
+    vit_name: str,
+    img_size: int,
+    class_names: Sequence[str],
+    *,
+    rank: int = 1,
+    tune: str = "lora",
+    adapter_start: str = "zero",
+    compat: str | None = None,
+    channels: Sequence[str] | None = None,
+    checkpointing: bool = False,
 ) -> SamPromptable:
     """A `SamPromptable` at its random start, with the parameters that are not trained frozen.
 
@@ -112,16 +137,26 @@ def build_promptable(
         img_size: side of the input, a multiple of 16.
         class_names: what it will be trained to find.
         rank: of LoRA.
-        tune: `"lora"`, or `"full"` to train every parameter and add no LoRA.
+        tune: `"lora"`; `"adapter"` to train adapters and the mask decoder and nothing else, as Medical-SAM-Adapter does; or `"full"` to train every
+            parameter and add no LoRA.
+        adapter_start: see `pgsam.tuning.adapter.Adapter`.
+        compat: `"msa"`: with `tune="adapter"` what Medical-SAM-Adapter's released code computes, for its files (`pgsam.models.msa_files`).
+        channels: see `SamPromptable`.
         checkpointing: see `ImageEncoder`.
     """
-    if tune not in ("lora", "full"):
-        raise ValueError(f"tune is 'lora' or 'full', not {tune!r}")
+    if tune not in TUNES:
+        raise ValueError(f"tune is one of {', '.join(TUNES)}, not {tune!r}")
+    if compat is not None and (compat, tune) != ("msa", "adapter"):
+        raise ValueError(f"compat is 'msa' with tune='adapter', or None; not {compat!r} with tune={tune!r}")
     encoder = build_image_encoder(vit_name, img_size, checkpointing=checkpointing)
-    model = SamPromptable(encoder, build_prompt_encoder(vit_name, img_size), build_mask_decoder(vit_name), class_names=class_names)
+    prompts, decoder = build_prompt_encoder(vit_name, img_size), build_mask_decoder(vit_name)
+    model = SamPromptable(encoder, prompts, decoder, class_names=class_names, channels=channels)
     if tune == "lora":
         add_attention_lora(encoder, rank)
         train_only(model, lambda name: ".lora_" in name or name.startswith(_TRAINED))
+    elif tune == "adapter":
+        add_adapters(encoder, start=adapter_start, norm_order="before_windows" if compat is None else "after_windows")
+        train_only(model, lambda name: MARK in name or name.startswith("mask_decoder."))
     return model
 
 
@@ -144,19 +179,16 @@ def promptable_backbone(model: SamPromptable, card: ModelCard | None = None, *, 
         model: of `load_model`, or in training (it is then in evaluation mode).
         card: says the size that slices go to first; the model's own by default.
         identity: in place of the hash, which reads every weight.
+
+    Raises:
+        UserError: the model's tokens have meanings of their own (`channels`), and are no answers to a prompt.
     """
+    if model.channels is not None:
+        found = ", ".join(model.channels)
+        raise UserError(f"expected a checkpoint that segments what a prompt points at, found one of the channels {found}; use scripts/test_refuge.py")
     card = card or getattr(model, "card", None)
     input_size = card.input_size if card is not None else None
     preprocess = Preprocess(geometry="square", scaling="sam", interpolation="spline", input_size=input_size)
     if identity is None:
         identity = hashlib.sha256(f"{encoder_identity(model.image_encoder)} {preprocess}".encode()).hexdigest()
     return SamBackbone(model.image_encoder, model.prompt_encoder, model.mask_decoder, preprocess=preprocess, identity=identity)
-
-
-def encoder_identity(encoder: nn.Module) -> str:
-    """sha256 of the names and numbers of an encoder's tensors."""
-    digest = hashlib.sha256()
-    for name, value in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pgsam.decoding.class_tokens import decode_classes
 from pgsam.errors import UserError
-from pgsam.models.base import SliceModel
+from pgsam.models.base import Recall, SliceModel
 from pgsam.sam.build import VITS, build_image_encoder, build_mask_decoder, build_prompt_encoder
 from pgsam.tuning.lora import LoRALinear, add_encoder_lora, add_projection_lora
 from pgsam.tuning.trainable import train_only
@@ -30,8 +30,8 @@ _BLOCK_FACTORS = {"sa": "self_attn", "cti": "cross_attn_token_to_image", "cit": 
 class SAMed(SliceModel):
     """SAMed: the image's embedding, decoded for every class at once; no loss of SAMed trains `iou_predictions`."""
 
-    def forward(self, images: Tensor, *, upscale: bool = True) -> dict[str, Tensor]:  # noqa: D102
-        embedding = self.image_encoder(images)
+    def forward(self, images: Tensor, *, recall: Recall | None = None, upscale: bool = True) -> dict[str, Tensor]:  # noqa: D102
+        embedding = self.recall_into(self.image_encoder(images), recall)
         low_res_logits, iou_predictions = decode_classes(self.prompt_encoder, self.mask_decoder, embedding)
         outputs = {"low_res_logits": low_res_logits, "iou_predictions": iou_predictions}
         if upscale:

@@ -122,7 +122,7 @@ def test_lora_is_on_all_four_projections_of_every_block(images: torch.Tensor) ->
 
 
 def test_an_unknown_way_of_tuning_is_refused() -> None:
-    with pytest.raises(ValueError, match="'lora' or 'full', not 'none'"):
+    with pytest.raises(ValueError, match="lora, adapter, full, not 'none'"):
         build_promptable("vit_tiny", SIZE, ("liver",), tune="none")
 
 

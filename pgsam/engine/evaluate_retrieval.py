@@ -1,0 +1,202 @@
+"""Testing with and without retrieval from one pass over every volume: both scores side by side, their difference, and pictures of the neighbours."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from datasets.labels import colour_of
+from datasets.layout import DataFolder
+from datasets.slices import read_slice
+from datasets.volumes import Case
+from pgsam.engine.evaluate import PROTOCOLS, Laid, lay_as_trained, metrics_of_case
+from pgsam.engine.log import Log
+from pgsam.engine.predict import segment_slices
+from pgsam.engine.retrieval import Found, Responder, Retriever, notes_on_retrieval
+from pgsam.engine.text_flags import SliceTextReader
+from pgsam.metrics import strict, summarise
+from pgsam.overlay import save_png
+from pgsam.resample import resize_nearest
+from pgsam.retrieval.picture import Column, Neighbour, labels_of_fractions, neighbours_picture
+
+COLUMNS, NEIGHBOURS = 5, 3  # of a picture, at most
+_METRICS = {"dsc": (100.0, "DSC"), "hd95_mm": (1.0, "HD95, mm"), "hd95_vox": (1.0, "HD95, voxels")}  # factor and title
+
+CaseTable = Mapping[str, Mapping[str, float | None]]
+
+
+class WithRetrieval:
+    """How `evaluate` tests with retrieval: its labels are those with, and it learns what they would be without.
+
+    Args:
+        retriever: of the model.
+        said: what `open_retriever` says of it; goes into the results.
+        folder: the volumes; tells their patients.
+        slices: folder of the index' slices, for the pictures; where their files are not there, the index' class fractions are drawn.
+        batch_size: slices at a time.
+        texts: reads the reports on the slices, for models that take them.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        said: Mapping[str, Any],
+        folder: DataFolder,
+        slices: Path,
+        *,
+        batch_size: int | None = None,
+        texts: SliceTextReader | None = None,
+    ) -> None:
+        self.retriever, self.said, self.folder, self.slices, self.batch_size, self.texts = retriever, said, folder, slices, batch_size, texts
+
+    def segment(self, case: Case, path: Path, staging: Path) -> tuple[np.ndarray, Any]:
+        """Labels with retrieval, and the metrics without; also writes `neighbours/<case>.png`."""
+        card = self.retriever.model.card
+        laid = lay_as_trained(card, case, path, self.texts)
+        reference = laid.apply(case.label)
+        responder = self.retriever.respond_for(self.folder.patient_of(case.name), compare=True, watch=pick_columns(reference))
+        with tqdm(total=len(laid.image), desc=case.name, unit="slice", leave=False, disable=None) as bar:
+            labels = segment_slices(
+                self.retriever.model,
+                laid.image,
+                input_size=card.input_size,
+                batch_size=self.batch_size,
+                texts=laid.texts,
+                progress=bar.update,
+                respond=responder,
+            )
+        own = resize_nearest(np.concatenate(responder.own), reference.shape[1:])
+        picture = staging / "neighbours" / f"{case.name}.png"
+        picture.parent.mkdir(exist_ok=True)
+        self._draw(picture, case, laid, responder, (own, labels, reference))
+        return laid.undo(labels), metrics_of_case(laid.undo(own), case.label, card.class_names, case.spacing_mm)
+
+    def conclude(self, results: dict[str, Any], known: Mapping[str, Any], log: Log) -> None:
+        """Adds `without_retrieval`, `difference` and the settings; logs both scores side by side."""
+        organs = self.retriever.model.card.class_names
+        without = {"cases": dict(known), "summary": {protocol: summarise(known, organs, protocol) for protocol in PROTOCOLS}}
+        metrics = ("dsc", "hd95_mm") if results["summary"]["strict"]["mean"]["hd95_mm"]["n"] else ("dsc", "hd95_vox")
+        difference = {metric: paired_difference(results["cases"], known, organs, metric) for metric in metrics}
+        results["without_retrieval"], results["difference"] = without, difference
+        results["settings"]["retrieval"] = dict(self.said)
+        tested = {self.folder.patient_of(name) for name in known}
+        notes = notes_on_retrieval(dict(self.said))
+        if both := sorted(tested & set(self.retriever.index.patients)):
+            notes.append(f"{len(both)} of the tested patients are in the index too ({', '.join(both[:5])}); none was a neighbour of its own slices")
+        for note in notes:
+            log(note)
+        results["settings"]["notes"] = [*results["settings"].get("notes", []), *notes]
+        log(format_side_by_side(results["summary"]["strict"], without["summary"]["strict"], difference))
+
+    def _draw(self, path: Path, case: Case, laid: Laid, responder: Responder, maps: Sequence[np.ndarray]) -> None:
+        card = self.retriever.model.card
+        columns = []
+        for number, found in sorted(responder.found.items()):
+            without, with_, reference = (labels[number] for labels in maps)
+            columns.append(Column(_grey(laid.image[number]), self._neighbours(found), found.prior, without, with_, reference))
+        colours = [colour_of(organ, i) for i, organ in enumerate(card.class_names)]
+        orientation = card.orientation if laid.turn is not None else case.orientation or card.orientation
+        spacing = (
+            case.spacing_mm if laid.turn is None else None if case.spacing_mm is None else tuple(case.spacing_mm[axis] for axis in laid.turn.order)
+        )
+        spacing_hw = (spacing[1], spacing[2]) if spacing else (1.0, 1.0)
+        save_png(neighbours_picture(columns, card.class_names, colours, orientation=orientation, spacing_hw=spacing_hw), path)
+
+    def _neighbours(self, found: Found) -> list[Neighbour]:
+        """The nearest of a slice's neighbours, with their images where these lie beside the volumes."""
+        index, neighbours = self.retriever.index, []
+        for place, similarity in list(zip(found.indices, found.similarities, strict=True))[:NEIGHBOURS]:
+            file = self.slices / f"{index.names[place]}.npz"
+            if file.is_file():
+                image, labels = read_slice(file, index.names[place], len(index.class_names))
+                neighbours.append(Neighbour(_grey(image), labels, similarity))
+            else:
+                neighbours.append(Neighbour(None, labels_of_fractions(index.memories(torch.tensor([place])).fractions[0]), similarity))
+        return neighbours
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """[H, W] of a slice that may be in colour [3, H, W]."""
+    return image if image.ndim == 2 else image.mean(axis=0)
+
+
+def pick_columns(reference: np.ndarray) -> list[int]:
+    """Numbers of the slices to draw: spread evenly over those that the reference [D, H, W] labels, or over the volume if it labels none."""
+    labelled = np.flatnonzero(reference.any(axis=(1, 2)))
+    where = labelled if len(labelled) else np.arange(len(reference))
+    places = np.linspace(0, len(where) - 1, COLUMNS + 2).round().astype(int)[1:-1]
+    return sorted({int(where[place]) for place in places})
+
+
+def paired_difference(
+    with_: Mapping[str, CaseTable],
+    without: Mapping[str, CaseTable],
+    organs: Sequence[str],
+    metric: str,
+    *,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How much larger a metric's means are in the first of two tables of the same cases (strict protocol), with an interval over cases.
+
+    Each mean is `metrics.summarise`'s, over what is defined in its own table; a resample draws cases, the same for both tables and all organs.
+
+    Returns:
+        `{"organs": {organ: {"mean", "ci95"}}, "mean": {"mean", "ci95"}}`; "mean" is over the organs that are defined in both. None where undefined;
+        a resample in which any part of a value is undefined is left out of its interval.
+    """
+    names = sorted(with_)
+    tables = [[strict(cases[name]) for name in names] for cases in (with_, without)]
+    values = np.array([[[table[organ][metric] for organ in organs] for table in side] for side in tables])  # (2, cases, organs)
+    draws = np.random.default_rng(seed).integers(0, len(names), size=(n_resamples, len(names)))
+    observed = _defined_mean(values[:, None])[0]  # (organs,)
+    resampled = _defined_mean(values[:, draws])  # (resamples, organs)
+    known = ~np.isnan(observed)
+    rows = {organ: _interval(observed[i], resampled[:, i]) for i, organ in enumerate(organs)}
+    overall = _interval(observed[known].mean(), resampled[:, known].mean(axis=1)) if known.any() else {"mean": None, "ci95": None}
+    return {"organs": rows, "mean": overall}
+
+
+def _defined_mean(values: np.ndarray) -> np.ndarray:
+    """`(2, resamples, cases, organs)` -> first minus second of the means over cases `(resamples, organs)`, NaN where one has no defined value."""
+    defined = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):  # 0 / 0: no defined value
+        means = np.where(defined, values, 0.0).sum(axis=2) / defined.sum(axis=2)
+    return means[0] - means[1]
+
+
+def _interval(observed: float, resampled: np.ndarray) -> dict[str, Any]:
+    if np.isnan(observed):
+        return {"mean": None, "ci95": None}
+    resampled = resampled[~np.isnan(resampled)]
+    return {"mean": float(observed), "ci95": np.percentile(resampled, [2.5, 97.5]).tolist() if len(resampled) else None}
+
+
+def format_side_by_side(with_: Mapping[str, Any], without: Mapping[str, Any], difference: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line an organ and one for their mean: each metric without and with retrieval, and the difference with its interval over cases."""
+    head, rows = ["organ"], []
+    for metric in difference:
+        head += [f"{_METRICS[metric][1]} without", "with", "difference"]
+    for organ in (*with_["organs"], None):
+        row = ["mean" if organ is None else organ]
+        for metric, changes in difference.items():
+            factor = _METRICS[metric][0]
+            cells = [side["mean"][metric] if organ is None else side["organs"][organ][metric] for side in (without, with_)]
+            row += ["-" if cell["mean"] is None else f"{factor * cell['mean']:.2f}" for cell in cells]
+            row.append(_print_change(changes["mean"] if organ is None else changes["organs"][organ], factor))
+        rows.append(row)
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (head, *rows)]
+    rule = "-" * len(lines[0])
+    title = "with and without retrieval; protocol: strict (DSC in points of 100; paired 95 % bootstrap interval over cases)"
+    return "\n".join([title, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _print_change(change: Mapping[str, Any], factor: float) -> str:
+    if change["mean"] is None:
+        return "-"
+    interval = "" if change["ci95"] is None else " [{:+.2f}, {:+.2f}]".format(*(factor * end for end in change["ci95"]))
+    return f"{factor * change['mean']:+.2f}{interval}"
