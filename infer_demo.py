@@ -6,6 +6,7 @@
     python infer_demo.py -i scans/ -o out/ --continue --reference labels/      # every scan of a folder, scored
     python infer_demo.py -i scan.nii.gz -o out/ --checkpoint runs/samed/final.safetensors --index runs/samed/index    # with retrieval
 
+With --index, a scan that has the name of a case or a patient of the index (also without a last _img or _0000) gets no neighbours of that patient.
 NIfTI, NRRD, MetaImage, DICOM (folder, file, zip), npz, h5, and pictures (PNG, JPEG, TIFF), whose labels are a PNG. Intensity window, orientation,
 sizes and organ names come from the checkpoint; what the image is comes from its file unless --modality says it. The output folder also gets
 volumes in ml (volumes.csv), label tables for ITK-SNAP and 3D Slicer, and run.json. Exit code: 0, with --continue 1 if some scans failed, 2 if
@@ -51,7 +52,11 @@ def build_parser() -> Parser:
         help="also a picture of how like each organ's report each place is (PG-SAM with an aligner; always for the bundled case)",
     )
     add_retrieval_flags(parser, required=False)
-    add("--patient", metavar="NAME", help="whose scan it is, by the key in the index: that patient's slices are no neighbours (default: all may be)")
+    add(
+        "--patient",
+        metavar="NAME",
+        help="whose scan it is, by the key in the index: that patient's slices are no neighbours (default: by the scan's name)",
+    )
     return parser
 
 
@@ -108,7 +113,6 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
     """Segments the bundled phantom, prints its scores, writes a picture and the prediction."""
     from datasets.volumes import read_case
     from pgsam.engine.evaluate import save_case_picture, save_similarity_picture, segment_case
-    from pgsam.engine.retrieval import notes_on_retrieval
     from pgsam.engine.text_flags import notes_on_texts, open_slice_texts
     from pgsam.metrics import class_metrics, format_table, summarise
     from pgsam.volume_io import write_volume
@@ -117,14 +121,14 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
     case = read_case(DEMO_CASE, "demo_case", card.num_classes)
     started = time.perf_counter()
     reader = open_slice_texts(args, model)
-    respond, retrieval = open_neighbours(args, model)
+    respond, _, notes = open_neighbours(args, model)
     labels = segment_case(model, card, case, DEMO_CASE, args.batch_size, reader, respond("demo_case") if respond is not None else None)
     seconds = time.perf_counter() - started
     raw = class_metrics(labels, case.label, card.num_classes, case.spacing_mm)
     table = {"demo_case": {name: raw[i + 1] for i, name in enumerate(card.class_names)}}
     print(format_table(summarise(table, card.class_names, "strict"), "strict"))
     print(f"{len(case.image)} slices in {seconds:.1f} s; a procedural phantom, not a patient")
-    for note in [*notes_on_texts(card, reader), *notes_on_retrieval(retrieval)]:
+    for note in [*notes_on_texts(card, reader), *notes]:
         print(note)
     args.output.mkdir(parents=True, exist_ok=True)
     maps = [("reference", case.label), ("prediction", labels)]
@@ -143,7 +147,6 @@ def segment_inputs(model, inputs: dict[str, Path], args: argparse.Namespace) -> 
     from pgsam.engine.device import environment
     from pgsam.engine.flags import jsonable
     from pgsam.engine.infer import Options, find_references, infer
-    from pgsam.engine.retrieval import notes_on_retrieval
     from pgsam.engine.text_flags import notes_on_texts, open_slice_texts
     from pgsam.sam.weights import sha256_of
 
@@ -159,18 +162,18 @@ def segment_inputs(model, inputs: dict[str, Path], args: argparse.Namespace) -> 
         args.modality, tuple(args.window) if args.window else None, args.largest_component, args.batch_size, args.series, args.similarity
     )
     reader = open_slice_texts(args, model)
-    respond, retrieval = open_neighbours(args, model)
+    respond, retrieval, notes = open_neighbours(args, model)
     settings = {
         **environment(next(model.parameters()).device),
         "flags": jsonable(args),
         "checkpoint": args.checkpoint.name,
         "checkpoint_sha256": sha256_of(args.checkpoint),
-        **({"retrieval": retrieval} if retrieval is not None else {}),
+        **({"retrieval": retrieval, "notes": notes} if retrieval is not None else {}),
     }
     results = infer(
         model, inputs, args.output, options=options, references=references, texts=reader, respond=respond, settings=settings, go_on=args.go_on
     )
-    for note in [*notes_on_texts(model.card, reader), *notes_on_retrieval(retrieval)]:
+    for note in [*notes_on_texts(model.card, reader), *notes]:
         print(note)
     say_results(results, model.card.class_names, args.output)
     failed = sum(result.error is not None for result in results)
@@ -178,11 +181,14 @@ def segment_inputs(model, inputs: dict[str, Path], args: argparse.Namespace) -> 
 
 
 def open_neighbours(args: argparse.Namespace, model):
-    """What segments the scans with the index of `--index`, by a scan's name, and what the results say of it; None and None without one."""
-    from pgsam.engine.retrieval import open_retriever
+    """What segments the scans with the index of `--index`, by a scan's name, what the results say of it, and notes; no such without one.
+
+    A scan with the name of a case or a patient of the index, unless `--patient` says whose it is, is not shown its own labels; a note says so.
+    """
+    from pgsam.engine.retrieval import notes_on_retrieval, open_retriever
 
     if args.index is None:
-        return None, None
+        return None, None, []
     retriever, said = open_retriever(args, model)
     patients = set(retriever.index.patients)
     if args.patient is not None and args.patient not in patients:
@@ -191,12 +197,23 @@ def open_neighbours(args: argparse.Namespace, model):
             f"--patient {args.patient}: expected a patient of {args.index}, which holds {some} ({len(patients)}); leave it out for another"
         )
 
-    def respond(scan: str):
-        if args.patient is None and scan in patients:
-            print(f"NOTE: {scan} has the name of a patient in the index; if it is the same one, give --patient {scan}, or it is shown its own labels")
-        return retriever.respond_for(args.patient)
+    notes = notes_on_retrieval(said)
 
-    return respond, {**said, "patient_left_out": args.patient}
+    def respond(scan: str):
+        if args.patient is not None:
+            return retriever.respond_for(args.patient)
+        name = next((name for name in names_of(scan) if len(retriever.index.own(name, name))), None)
+        if name is not None:
+            left_out = len(retriever.index.own(name, name))
+            notes.append(f"NOTE: {scan} has the name of a case or a patient in the index, whose {left_out} slices are left out for it")
+        return retriever.respond_for(name, name)
+
+    return respond, {**said, "patient_left_out": args.patient}, notes
+
+
+def names_of(scan: str) -> list[str]:
+    """What a scan may be called in an index: its name, and without what the common layouts put after a case's."""
+    return [scan, *(scan.removesuffix(suffix) for suffix in ("_img", "_0000") if scan.endswith(suffix))]
 
 
 def say_results(results, class_names: Sequence[str], output: Path) -> None:

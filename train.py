@@ -27,9 +27,9 @@ config.json, command.txt, env.json, log.txt, history.csv, tensorboard/, last.pt 
 read. With --val_share 0.1 (of the patients) or --val_list, DSC by organ on whole volumes that are not trained on goes into history.csv every
 --val_interval epochs (sam_promptable: the mean Dice of the slices that show a class, after one click in its centre; of REFUGE, that of cup and
 disc), best.safetensors is the best by mean DSC, and --patience ends a training that has stopped gaining. Defaults of a flag marked (by module) are
-those of the published method; --root_path and --output default to the names that PG-SAM's README uses. --index trains a memory only, which recalls
-slices of an index that scripts/build_index.py made with --lora_ckpt (never of a slice's own patient); scripts/test_rag.py uses the result. PG-SAM's
-organ reports are built in; --reports gives others, and --slice_reports adds one on each slice.
+those of the published method; --root_path and --output default to the names that PG-SAM's README uses. --index trains a memory (with --rag_tune
+decoder the mask decoder too), which recalls slices of an index that scripts/build_index.py made with --lora_ckpt (never of a slice's own patient);
+scripts/test_rag.py uses the result. PG-SAM's organ reports are built in; --reports gives others, and --slice_reports adds one on each slice.
 """
 
 import argparse
@@ -100,6 +100,7 @@ SAM_ADAPTER_RECIPE = {
     "loss_resolution": "both",
 }
 MOST_CLASSES = 255
+WARMUP_PERIOD = 250  # steps; SAMed's and PG-SAM's
 RECIPES: dict[str, dict[str, Any]] = {
     "pg_sam": PG_SAM_RECIPE,
     "sam_lora_image_encoder": SAMED_RECIPE,
@@ -174,7 +175,7 @@ def build_parser() -> Parser:
     add("--batch_size", type=int, help="slices a step (default 12; 4 for sam_promptable)")
     add("--base_lr", type=float, help="learning rate after the warm-up (by module)")
     add("--warmup", action=switch, default=None, help="linear warm-up (by module)")
-    add("--warmup_period", type=int, default=250, help="steps of the warm-up (default %(default)s)")
+    add("--warmup_period", type=int, help=f"steps of the warm-up (default {WARMUP_PERIOD})")
     add("--AdamW", action=switch, default=None, help="AdamW instead of SGD (by module)")
     add("--weight_decay", type=float, help="default 0.1 for AdamW, 1e-4 for SGD")
     add("--dice_param", type=float, help="weight w of Dice in (1 - w) CE + w Dice (default 0.8)")
@@ -230,6 +231,8 @@ def resolve(args: argparse.Namespace) -> None:
         if getattr(args, name) is None and name not in ("stop_epoch", "rank"):
             setattr(args, name, value)
     args.batch_size = 12 if args.batch_size is None else args.batch_size
+    if args.warmup_period is None and args.prompt is None:
+        args.warmup_period = WARMUP_PERIOD
     if args.input_size is None:
         args.input_size = args.img_size if args.module in PROMPTED else 224
     resolve_prompts(args)
@@ -403,11 +406,13 @@ def card_of(folder: "DataFolder", names: tuple[str, ...], ckpt: Path | None, opt
 
 
 def options_of(args: argparse.Namespace, *, slice_text: bool) -> dict[str, Any]:
-    """The module's options that differ from its defaults, as the checkpoint stores them."""
+    """The module's options, as the checkpoint stores them: PG-SAM's parts, and whatever else differs from its defaults."""
     from datasets.refuge import CHANNELS
+    from pgsam.models import option_defaults
 
     options: dict[str, Any] = {} if args.tune == TUNES[args.module][0] else {"tune": args.tune}
-    options |= {name: getattr(args, name) for name in ("adapter_start", "depth_slices") if getattr(args, name) is not None}
+    defaults = option_defaults(args.module)
+    options |= {name: getattr(args, name) for name in ("adapter_start", "depth_slices") if getattr(args, name) not in (None, defaults.get(name))}
     if args.module == "pg_sam":
         options |= {"aligner": args.aligner, "fusion": args.fusion, "refine_steps": args.refine_steps, "slice_text": slice_text}
         options |= {"text_lora": args.text_lora} if args.text_lora else {}
@@ -541,12 +546,13 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
         **options,
         **text_settings_of(args),
     )
-    card = with_told(card_of(folder, classes, ckpt, options, args), model)
+    asked = {"prompt": args.prompt} if rated else {}
+    card = with_told(card_of(folder, classes, ckpt, {**options, **asked}, args), model)
     if args.lora_ckpt is not None:
         start_from(model, args.lora_ckpt, card)
     memory = None
     if args.index is not None:
-        memory, card = open_memory(args, model, card, folder)
+        memory, card = open_memory(args, model, card, folder, held_out)
     reader = None
     if store is not None and isinstance(dataset, SliceDataset):
         encoder = None if args.text_lora else args.text_encoder
@@ -643,10 +649,10 @@ def texts_report(model: "SliceModel", reader: "SliceTextReader | None", num_clas
 def targets_report(dataset: "SliceDataset | RatedPictures", classes: Sequence[str], prompt: str | None) -> list[str]:
     """A line on what is looked for, and one on what the model is told that only the labels know."""
     from datasets.targets import TargetSlices
-    from pgsam.engine.validate_raters import FROM_TRUTH, WITHOUT
+    from pgsam.engine.validate_raters import PROMPT_WORDS
 
     if prompt is not None:
-        return [f"channels: {', '.join(classes)}, the share of the raters who drew them; {FROM_TRUTH if prompt == 'click' else WITHOUT}"]
+        return [f"channels: {', '.join(classes)}, the share of the raters who drew them; {PROMPT_WORDS[prompt]}"]
     if not isinstance(dataset, TargetSlices):
         return []
     return [f"targets: {', '.join(classes)}; {dataset.left_out} slices that show none of them are left out"]

@@ -224,7 +224,7 @@ def _read_prepared(report: Report) -> tuple[Volume | None, Volume | None]:
             _report_too_large(report, path)
             continue
         if first is None:
-            first, report.orientation_assumed = place, "direction" not in attributes
+            first, report.orientation_assumed = place, not {"direction", "orientation"} & attributes.keys()
         if image.shape[1:] != first.array.shape[1:]:
             found = f"expected slices {list(first.array.shape[1:])} as before, found {list(image.shape[1:])}"
             report.add("shape mismatch", path, found, "prepare the case again")

@@ -33,8 +33,9 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pgsam.errors import Parser, UserError, reports_user_errors
-from preprocess.kvasir_seg import PICTURE_ORIENTATION, find_pictures
+from preprocess.kvasir_seg import find_pictures
 from preprocess.one_shot_layouts import (
+    PICTURE_ORIENTATION,
     ArchiveCase,
     add_archive_flags,
     check_archive_flags,
@@ -141,8 +142,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.longest_side < 16:
         raise UserError(f"--longest_side {args.longest_side}: expected at least 16")
     cases = []
+    homes: dict[str, Path] = {}
     for split, folders in find_folders(args.src_path).items():
         for name, image, mask in find_lesions(*folders):
+            home = homes.setdefault(name, folders[0])
+            if home != folders[0]:
+                raise UserError(
+                    f"{args.src_path}: expected every picture in one split, found {name} in {home.name} and in {folders[0].name}; take one out"
+                )
             cases.append(ArchiveCase(name, (image, mask), partial(make_lesion, name, split, image, mask, args.longest_side)))
     facts = {"class_names": ["lesion"], "dataset": "ISIC", "image_kind": "rgb", "window": None}
     manifest = convert(cases, args.dst_path, facts, [args.longest_side], num_workers=args.num_workers, overwrite=args.overwrite)

@@ -31,6 +31,7 @@ if __package__ in (None, ""):
 from pgsam.errors import Parser, UserError, reports_user_errors
 from pgsam.volume_io import is_picture, stem_of
 from preprocess.one_shot_layouts import (
+    PICTURE_ORIENTATION,
     ArchiveCase,
     add_archive_flags,
     check_archive_flags,
@@ -41,8 +42,6 @@ from preprocess.one_shot_layouts import (
     write_colour_slice,
     write_pictures,
 )
-
-PICTURE_ORIENTATION = "LPS"  # as `pgsam.formats.pictures` places pictures: columns to the left, rows to posterior
 
 
 def find_pictures(folder: Path) -> dict[str, Path]:

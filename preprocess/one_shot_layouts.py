@@ -34,6 +34,7 @@ from preprocess.common import MANIFEST_FORMAT, add_common_arguments
 from preprocess.jobs import run_jobs
 
 WINDOW = (-910.0, 590.0)  # HU of P2SAM's chest CTs: level -160, width 1500
+PICTURE_ORIENTATION = "LPS"  # as `pgsam.formats.pictures` places pictures: columns to the left, rows to posterior
 _SAVED_EVERY = 25  # cases
 (_TRAIN, _TRAIN_LIST), (_TEST, _TEST_LIST) = FILES["train"], FILES["test"]
 VALIDATION_LIST = "val.txt"  # for `train.py --val_list`
@@ -182,6 +183,8 @@ def _write_lists(output: Path, cases: Sequence[ArchiveCase], finished: dict[str,
         names = [file.name.removesuffix(".npz").removesuffix(".npy.h5") for file in files if file.parts[0] == folder]
         if names:
             _write_text(output / "lists" / listed, "".join(f"{name}\n" for name in names))
+        else:
+            (output / "lists" / listed).unlink(missing_ok=True)  # of an earlier run, whose cases are gone
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -221,7 +224,7 @@ def write_colour_slice(output: Path, case: str, image: np.ndarray, mask: np.ndar
     written = f"{_TRAIN}/{case}_slice000.npz"
     (output / written).parent.mkdir(parents=True, exist_ok=True)
     with replacing(output / written) as temporary, temporary.open("wb") as file:
-        entries = {"source": source, "image_kind": "rgb"}
+        entries = {"source": source, "image_kind": "rgb", "orientation": PICTURE_ORIENTATION}
         np.savez(file, image=image, label=mask.astype(np.float32), **entries)  # type: ignore[arg-type]
     return written
 
@@ -232,7 +235,7 @@ def write_colour_volume(output: Path, case: str, image: np.ndarray, mask: np.nda
     (output / written).parent.mkdir(parents=True, exist_ok=True)
     with replacing(output / written) as temporary, h5py.File(temporary, "w") as file:
         file["image"], file["label"] = image[None], mask[None].astype(np.float32)
-        file.attrs.update({"source": source, "image_kind": "rgb"})
+        file.attrs.update({"source": source, "image_kind": "rgb", "orientation": PICTURE_ORIENTATION})
     return written
 
 

@@ -112,7 +112,7 @@ def index_folder(
         folder: slices and their list.
         model: in evaluation mode, with its card.
         extractor: makes the tokens, on the model's device.
-        batch_size: slices at a time; by image size and device if None.
+        batch_size: slices at a time; by image size, depth and device if None.
         progress: called with the number of slices of each finished batch.
 
     Raises:
@@ -134,7 +134,7 @@ def index_folder(
         Source.of(folder.names, case_of, folder.patient_of),
         extractor,
         card,
-        batch_size=batch_size or default_batch_size(card.img_size, device),
+        batch_size=batch_size or max(1, default_batch_size(card.img_size, device) // model.depth_slices),
         device=device,
         git_commit=git_commit(),
         progress=progress,

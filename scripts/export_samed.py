@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"{args.checkpoint}: expected SAMed or SAMed_s tuned with LoRA, found {card.module} {card.options or ''}; it has no such layout"
         )
+    if "rag" in card.options:
+        raise UserError(f"{args.checkpoint}: has a memory, which SAMed's layout has no place for; export the checkpoint that it was trained on")
     if args.output.exists():
         raise UserError(f"{args.output}: exists; give another --output or remove it")
     model = load_model(args.checkpoint, ckpt=resolve_ckpt(args.ckpt, card.vit_name) if card.sam_sha256 else None, device="cpu")

@@ -5,10 +5,12 @@
     python scripts/test_rag.py --checkpoint runs/samed/final.safetensors --index runs/samed/index --volume_path data/Synapse --output_dir results/rag
     torchrun --nproc_per_node 4 scripts/test_rag.py --checkpoint ...          # four GPUs share the volumes out
 
-The flags are test.py's, and those of retrieval; weight and temperature are those that tune_rag.py chose on this index unless both are given. The
-output folder is test.py's too, for the labels with retrieval; its metrics.json also holds `without_retrieval` (cases and summary), `difference`
-(with minus without, with paired intervals over cases) and the settings, and neighbours/<case>.png shows query slices, their neighbours with labels,
-the prior and both predictions. Slices of the query's own patient are never neighbours, so an index may hold patients of the test list.
+The flags are test.py's, and those of retrieval; what is not given is as tune_rag.py chose on this index, unless it chose on the tested patients,
+which is refused without --allow_overlap. The output folder is test.py's too, for the labels with retrieval; its metrics.json also holds
+`without_retrieval` (cases and summary), `difference` (with minus without, with paired intervals over cases) and the settings, and
+neighbours/<case>.png shows query slices, their neighbours with labels, the prior and both predictions. Slices of the query's own patient are never
+neighbours, whether the patient or the case has the same name in the index, so an index may hold patients of the test list. Of a checkpoint whose
+decoder was trained with its memory (train.py --rag_tune decoder), `without_retrieval` is that decoder without it, not the model it started from.
 """
 
 import argparse
@@ -61,13 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def with_retrieval(args: argparse.Namespace, model: "SliceModel", folder: "DataFolder", texts: "SliceTextReader | None") -> "Method":
     """How volumes are segmented with the index of `--index`."""
     from pgsam.engine.evaluate_retrieval import WithRetrieval
-    from pgsam.engine.retrieval import open_retriever
+    from pgsam.engine.retrieval import open_retriever, refuse_tuned_on
     from pgsam.errors import UserError
 
     slices = args.slices or folder.files.parent / "train_npz"
     if args.slices is not None and not slices.is_dir():
         raise UserError(f"{slices}: expected the folder of the index' slices for --slices, found none; leave it out to draw their labels alone")
     retriever, said = open_retriever(args, model)
+    refuse_tuned_on(said, retriever.index, folder, args.allow_overlap)
+    if retriever.looks_up:
+        retriever.require_neighbours(folder.names, folder.patient_of)
     return WithRetrieval(retriever, said, folder, slices, batch_size=args.batch_size, texts=texts)
 
 

@@ -4,7 +4,8 @@ r"""Tests a checkpoint of `train.py --dataset REFUGE` against seven raters: IoU 
     python scripts/test_refuge.py --checkpoint runs/refuge/final.safetensors --data REFUGE -o results/refuge
 
 The measure is that of Medical-SAM-Adapter (see pgsam/rater_metrics.py): prediction and the raters' mean are both cut at 0.1, 0.3, 0.5, 0.7 and
-0.9, at the size of the network's input. Ask a checkpoint as it was trained: with `--prompt click`, if it was trained so. Clicks are taken from ground
+0.9, at the size of the network's input. A checkpoint is asked as in its training, unless --prompt says otherwise, which the results then tell;
+Medical-SAM-Adapter's whole checkpoints, which do not say how, by a point in the corner, that code's prompt "none". Clicks are taken from ground
 truth, and the results say so. The output folder gets metrics.json, metrics.csv (a row a picture) and overlays/<picture>.png (the picture, the
 raters' mean, the prediction), all at once at the end.
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pgsam.engine.validate_raters import RatedAnswer
+    from pgsam.models.card import ModelCard
     from pgsam.models.promptable import SamPromptable
 
 METRICS = ("IOU", "DICE")
@@ -47,7 +49,8 @@ def build_parser() -> Parser:
     add("--allow_other_base", action="store_true", help="accept a SAM file with another sha256 than in training")
     add("--data", type=Path, required=True, help=f"folder that holds {' and '.join(SPLITS)}")
     add("--split", default=TEST, choices=SPLITS, help="(default %(default)s)")
-    add("--prompt", default=RATER_PROMPTS[0], choices=RATER_PROMPTS, help="one click a picture, taken from ground truth (default %(default)s)")
+    what = "no prompt, one click a picture, taken from ground truth, or a point in the corner (default: as the checkpoint was trained)"
+    add("--prompt", choices=RATER_PROMPTS, help=what)
     add("--seed", type=int, default=CLICK_SEED, help="of the clicks, with the picture's number (default %(default)s)")
     add("-o", "--output_dir", type=Path, required=True, help="results; must not hold any yet")
     add("--allow_overlap", action="store_true", help="test on pictures that the checkpoint was trained on")
@@ -81,6 +84,16 @@ def open_rated(args: argparse.Namespace) -> "SamPromptable":
     model = load_model(args.checkpoint, ckpt=ckpt, device=args.device, allow_other_base=args.allow_other_base, **chosen)
     assert isinstance(model, SamPromptable)
     return model
+
+
+def choose_prompt(card: "ModelCard", asked: str | None) -> tuple[str, str | None]:
+    """How the pictures are asked for, one of `RATER_PROMPTS`, and a note if that is known to be otherwise than in the training."""
+    from pgsam.engine.objective import RATER_PROMPTS
+
+    trained = card.options.get("prompt")
+    prompt = asked or trained or ("corner" if card.options.get("compat") == "msa" else RATER_PROMPTS[0])
+    differs = trained is not None and prompt != trained
+    return prompt, f"NOTE: --prompt {prompt}: the checkpoint was trained with {trained}, and is asked otherwise here" if differs else None
 
 
 def summarise(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -137,17 +150,20 @@ def run_test(args: argparse.Namespace) -> dict[str, Any]:
     from pgsam.engine.device import environment
     from pgsam.engine.evaluate import refuse_overlap, results_folder
     from pgsam.engine.flags import jsonable
-    from pgsam.engine.validate_raters import FROM_TRUTH, WITHOUT, answer_rated
+    from pgsam.engine.validate_raters import PROMPT_WORDS, answer_rated
     from pgsam.rater_metrics import THRESHOLDS
 
     folder = open_refuge(args.data, args.split)
     model = open_rated(args)
     refuse_overlap(model.card, folder, args.allow_overlap)
-    prompt = FROM_TRUTH if args.prompt == "click" else WITHOUT
+    chosen, note = choose_prompt(model.card, args.prompt)
+    prompt = PROMPT_WORDS[chosen]
+    if note is not None:
+        print(note)
     with results_folder(args.output_dir) as staging:
         (staging / "overlays").mkdir()
         rows: dict[str, dict[str, float]] = {}
-        answers = answer_rated(model, folder.files, folder.names, prompt=args.prompt, seed=args.seed)
+        answers = answer_rated(model, folder.files, folder.names, prompt=chosen, seed=args.seed)
         for name, answer in tqdm(answers, total=len(folder.names), unit="picture", disable=None):
             rows[name] = row_of(answer, CHANNELS)
             draw(answer, CHANNELS, staging / "overlays" / f"{name}.png")
@@ -157,6 +173,8 @@ def run_test(args: argparse.Namespace) -> dict[str, Any]:
             "settings": {
                 "flags": jsonable(args),
                 "prompt": prompt,
+                "trained_with_prompt": model.card.options.get("prompt"),
+                "note": note,
                 "thresholds": list(THRESHOLDS),
                 "model": asdict(model.card),
                 "data": str(folder.files),

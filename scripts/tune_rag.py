@@ -7,17 +7,18 @@
 Every combination of --weights, --temperatures, --top_k and --spatial is scored by mean DSC over whole volumes, the network running once a slice; the
 best goes to INDEX/tuned.json, which test_rag.py and infer_demo.py read. Of equal scores the smaller weight wins, and weight 0 always takes part.
 
---val_list names cases as train.py's does: volumes, or cases whose slices lie in train_npz. Patients that the checkpoint was trained on are taken with
-a warning, since the weight is then biased to 0; test_rag.py repeats it. --folds takes checkpoints of the same module, ViT and classes, each trained
-without some of the patients in the training list: each patient is scored by the first one that has not seen it, with an index of that one's own
-encoder over the same slices. Patients of the test list are refused.
+--val_list names cases as train.py's does: volumes, or cases whose slices lie in train_npz. Patients and cases that the checkpoint was trained on are
+taken with a warning, since the weight is then biased to 0; test_rag.py repeats it. --folds takes checkpoints of the same module, ViT and classes,
+each trained without some of the patients in the training list: each patient is scored by the first one that has not seen it, with an index of that
+one's own encoder over the same slices, for a while beside INDEX. Patients of the test list are refused.
 """
 
 import argparse
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,20 +37,10 @@ if TYPE_CHECKING:
 SAME = ("module", "vit_name", "img_size", "input_size", "class_names", "orientation", "image_kind", "window")  # of a fold's card and the checkpoint's
 
 
-def spatial(text: str) -> float | None:
-    """A number of tokens, or `none`."""
-    if text == "none":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number of tokens or none, found {text}") from None
-
-
 def build_parser() -> Parser:
     """The flags of tune_rag.py."""
     from pgsam.engine.flags import add_model_flags
-    from pgsam.engine.retrieval import DEFAULT_TOP_K
+    from pgsam.engine.retrieval import ANYWHERE, DEFAULT_TOP_K, spatial
     from pgsam.engine.tune_retrieval import TEMPERATURES, WEIGHTS
 
     parser = Parser(__doc__)
@@ -65,7 +56,7 @@ def build_parser() -> Parser:
     add("--weights", type=float, nargs="+", default=list(WEIGHTS), help=f"(default {' '.join(f'{w:g}' for w in WEIGHTS)})")
     add("--temperatures", type=float, nargs="+", default=list(TEMPERATURES), help=f"(default {' '.join(f'{t:g}' for t in TEMPERATURES)})")
     add("--top_k", type=int, nargs="+", default=[DEFAULT_TOP_K], help=f"neighbours of a slice (default {DEFAULT_TOP_K})")
-    add("--spatial", type=spatial, nargs="+", default=[None], metavar="TOKENS", help="how far matching places may lie apart (default none: anywhere)")
+    add("--spatial", type=spatial, nargs="+", default=[ANYWHERE], metavar="TOKENS", help="how far matches may lie apart (default none: anywhere)")
     return parser
 
 
@@ -74,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
     from pgsam.engine.device import pick_device
     from pgsam.engine.flags import check_model_flags, open_model, parse
+    from pgsam.engine.interruption import sigterm_raises
     from pgsam.engine.retrieval import RagSettings, Retriever, open_extractor
     from pgsam.engine.text_flags import open_slice_texts
     from pgsam.engine.tune_retrieval import Fold, format_scores, score_folds, write_tuned
@@ -89,13 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if model.rag is not None:
         raise UserError(f"{args.checkpoint}: recalls by a trained memory, which has neither weight nor temperature; test it without tuning")
     retriever = Retriever(model, index, open_extractor(args.dino, index, model), RagSettings(0.0, grid.temperatures[0], max(grid.top_ks)))
+    folds: Generator[Fold, None, None] | Iterator[Fold]
     if args.val_list is not None:
-        cases, facts = read_val_list(folder, args.val_list, model.card)
-        folds: Iterator[Fold] = iter([Fold(args.checkpoint.name, retriever, cases)])
+        cases, facts = read_val_list(folder, args.val_list, model.card, index)
+        folds = iter([Fold(args.checkpoint.name, retriever, cases)])
     else:
-        shares, facts = share_cases(folder, args.folds, model.card)
+        shares, facts = share_cases(folder, args.folds, model.card, index)
         folds = open_folds(args, folder, index, shares)
-    scores = score_folds(folds, grid, folder.patient_of, batch_size=args.batch_size, texts=open_slice_texts(args, model))
+    retriever.require_neighbours(facts["cases"], folder.patient_of)
+    with ExitStack() as stack:
+        stack.enter_context(sigterm_raises())
+        if isinstance(folds, Generator):
+            stack.enter_context(closing(folds))
+        scores = score_folds(folds, grid, folder.patient_of, batch_size=args.batch_size, texts=open_slice_texts(args, model))
     print(format_scores(scores))
     tuned = write_tuned(args.index, scores, {**facts, **identify(args, retriever)})
     say_choice(tuned, args.index)
@@ -104,21 +102,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_grid(args: argparse.Namespace) -> "Grid":
     """The settings to score; a UserError for those that cannot be, or where neither or both of --val_list and --folds are given."""
+    from pgsam.engine.retrieval import ANYWHERE, check_bounds
     from pgsam.engine.tune_retrieval import Grid
 
     if (args.val_list is None) == (args.folds is None):
         raise UserError("expected either --val_list (patients that the checkpoint was not trained on) or --folds (cross-fitted checkpoints)")
-    for name, minimum, above in (("weights", 0, False), ("temperatures", 0, True), ("top_k", 1, False), ("spatial", 0, True)):
-        for value in getattr(args, name):
-            if value is not None and not (value < float("inf") and (value > minimum if above else value >= minimum)):
-                raise UserError(f"--{name} {value:g}: expected numbers {'above' if above else 'of at least'} {minimum}")
-    weights, temperatures, top_ks, spatials = (list(dict.fromkeys(getattr(args, name))) for name in ("weights", "temperatures", "top_k", "spatial"))
+    grid = []
+    for flag, setting in (("weights", "weight"), ("temperatures", "temperature"), ("top_k", "top_k"), ("spatial", "spatial")):
+        values = [None if value == ANYWHERE else value for value in dict.fromkeys(getattr(args, flag))]
+        for value in values:
+            check_bounds(flag, setting, value)
+        grid.append(values)
+    weights, temperatures, top_ks, spatials = grid
     if not any(weights):
         raise UserError("--weights 0: expected a weight to compare with none; give more")
     return Grid(weights, temperatures, top_ks, spatials)
 
 
-def read_val_list(folder: "DataFolder", list_file: Path, card: "ModelCard") -> tuple[tuple[Any, ...], dict[str, Any]]:
+def seen_cases(folder: "DataFolder", cases: Iterable[str], card: "ModelCard", index: "SliceIndex") -> list[str]:
+    """Those of the cases that a checkpoint was trained on, or whose patient it was, under the key of any of the three that know patients."""
+    trained = set(card.training_cases or ())
+    patients = {*(card.training_patients or ()), *map(folder.patient_of, trained), *(key for case in trained for key in index.patients_of(case))}
+    return [case for case in cases if patients & {folder.patient_of(case), *index.patients_of(case)}]
+
+
+def read_val_list(folder: "DataFolder", list_file: Path, card: "ModelCard", index: "SliceIndex") -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The cases of --val_list, and what tuned.json says of them.
 
     Raises:
@@ -130,8 +138,9 @@ def read_val_list(folder: "DataFolder", list_file: Path, card: "ModelCard") -> t
     cases = listed_cases(folder, list_file)
     patients = sorted({folder.patient_of(case.name) for case in cases})
     refuse_test_patients(folder, patients, list_file)
-    known = card.training_patients
-    seen = None if known is None else sorted(set(known) & set(patients))
+    names = [case.name for case in cases]
+    unknown = card.training_patients is None and card.training_cases is None
+    seen = None if unknown else sorted({folder.patient_of(case) for case in seen_cases(folder, names, card, index)})
     if seen is None:
         print("NOTE: the checkpoint does not say which patients it was trained on; if it was on these, the weight is biased to 0")
     elif seen:
@@ -140,7 +149,7 @@ def read_val_list(folder: "DataFolder", list_file: Path, card: "ModelCard") -> t
             "on them than it will be on others, so the weight is biased to 0; give patients that it has not seen, or --folds"
         )
     facts = {"how": TRAINING if seen else VAL_LIST, "biased": None if seen is None else bool(seen), "patients": patients, "seen_patients": seen}
-    return cases, {**facts, "cases": [case.name for case in cases]}
+    return cases, {**facts, "cases": names}
 
 
 def refuse_test_patients(folder: "DataFolder", patients: Sequence[str], source: Path) -> None:
@@ -156,7 +165,9 @@ def refuse_test_patients(folder: "DataFolder", patients: Sequence[str], source: 
         )
 
 
-def share_cases(folder: "DataFolder", checkpoints: Sequence[Path], card: "ModelCard") -> tuple[list[tuple[Path, list[str]]], dict[str, Any]]:
+def share_cases(
+    folder: "DataFolder", checkpoints: Sequence[Path], card: "ModelCard", index: "SliceIndex"
+) -> tuple[list[tuple[Path, list[str]]], dict[str, Any]]:
     """Which checkpoint scores which cases of the training list: the first one that was not trained on the patient.
 
     Raises:
@@ -177,7 +188,8 @@ def share_cases(folder: "DataFolder", checkpoints: Sequence[Path], card: "ModelC
             raise UserError(
                 f"{path}: expected a checkpoint that says which patients it was trained on, found one that does not; train it with train.py"
             )
-        own = [case for case in left if folder.patient_of(case) not in other.training_patients]
+        seen = seen_cases(folder, left, other, index)
+        own = [case for case in left if case not in seen]
         if not own:
             raise UserError(
                 f"{path}: expected a checkpoint without some of the patients that are left, found all of them in its training; leave it out"
@@ -191,8 +203,10 @@ def share_cases(folder: "DataFolder", checkpoints: Sequence[Path], card: "ModelC
     return shares, {**facts, "folds": {str(path): own for path, own in shares}}
 
 
-def open_folds(args: argparse.Namespace, folder: "DataFolder", index: "SliceIndex", shares: Sequence[tuple[Path, list[str]]]) -> "Iterator[Fold]":
-    """The folds one by one, each with an index of its own encoder that is gone with it; an index by DINOv2 serves all."""
+def open_folds(
+    args: argparse.Namespace, folder: "DataFolder", index: "SliceIndex", shares: Sequence[tuple[Path, list[str]]]
+) -> "Generator[Fold, None, None]":
+    """The folds one by one, each with an index of its own encoder, beside the index, that is gone with it; an index by DINOv2 serves all."""
     from datasets.held_out import named_cases
     from pgsam.engine.device import pick_device
     from pgsam.engine.flags import open_model
@@ -205,12 +219,24 @@ def open_folds(args: argparse.Namespace, folder: "DataFolder", index: "SliceInde
         extractor = open_extractor(args.dino, index, model)
         settings = RagSettings(0.0, args.temperatures[0], max(args.top_k))
         cases = named_cases(folder, names, folder.list_file)
-        with tempfile.TemporaryDirectory(prefix="pgsam-fold-") as temporary:
+        with folder_beside(args.index) as temporary:
             own = index
             if args.dino is None:
                 slices = dataclasses.replace(folder, names=index.names)
-                own = index_folder(Path(temporary) / "index", slices, model, extractor, batch_size=args.batch_size)
+                own = index_folder(temporary / "index", slices, model, extractor, batch_size=args.batch_size)
             yield Fold(str(path), Retriever(model, own, extractor, settings), cases)
+
+
+@contextmanager
+def folder_beside(index: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of an index, which has room for one. Raises a UserError if none can be made there."""
+    parent = index.resolve().parent
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".unfinished-fold-", dir=parent)
+    except OSError as error:
+        raise UserError(f"{parent}: expected a folder to keep a fold's index in for a while, found it closed ({error}); change its rights") from error
+    with folder as name:
+        yield Path(name)
 
 
 def identify(args: argparse.Namespace, retriever: "Retriever") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pgsam.engine.device import git_commit, pick_device
 from pgsam.errors import UserError
-from pgsam.models import BUILDERS, PROMPTED, READS_TEXT, resolve_class_names
+from pgsam.models import BUILDERS, PROMPTED, READS_TEXT, option_defaults, resolve_class_names
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.msa_files import MsaFile, describe_msa_state, fill_from_msa, msa_state
@@ -154,6 +154,11 @@ def _load_msa(
     msa: MsaFile, path: Path, *, ckpt: str | Path | None, img_size: int | None, input_size: int | None, channels: Sequence[str] | None, verbose: bool
 ) -> SliceModel:
     """The model of a file of Medical-SAM-Adapter's, with its card."""
+    if channels is not None and not msa.whole:
+        raise UserError(
+            f"{path}: holds adapters only, so that the mask decoder would be SAM's own, which was never trained for {' and '.join(channels)}; give "
+            "the whole checkpoint of that training"
+        )
     if img_size is None:
         raise UserError(f"{path}: Medical-SAM-Adapter's files do not say the image size they were trained with: give img_size= (--img_size)")
     card = _msa_card(msa, img_size, channels)
@@ -204,7 +209,8 @@ def load_model(
             that come with the default encoder's committed embeddings need no encoder, any other text does.
         text_encoder: where the text encoder lies, if not under the name in the file.
         allow_other_base: accept a SAM file with another sha256 than the one the checkpoint was trained on.
-        channels: what the sigmoid channels of a file of Medical-SAM-Adapter's are, which does not say it; see `SamPromptable`.
+        channels: what the sigmoid channels of a whole file of Medical-SAM-Adapter's are, which does not say it; see `SamPromptable`. Its files of
+            adapters alone have SAM's decoder, which knows none.
         verbose: print what a SAMed file leaves unsaid.
 
     Returns:
@@ -251,6 +257,7 @@ def _build(card: ModelCard, state: Mapping[str, Tensor], path: Path, text_encode
     """The model of a card, to be filled."""
     settings = {name: value for name, value in card.options.items() if value is not None}
     text_lora, memory = settings.pop("text_lora", 0), settings.pop("rag", None)
+    settings.pop("prompt", None)  # how it was asked in training, which changes no tensor
     if card.module in READS_TEXT:
         settings["class_tokens"] = card.class_tokens
         if card.reports is not None:
@@ -343,11 +350,15 @@ def start_from(model: SliceModel, checkpoint: str | Path, card: ModelCard) -> No
     require_file(path, "a checkpoint (.safetensors of ours, or SAMed's .pth)")
     ours = path.suffix == ".safetensors"
     other, state = _read_release(path) if ours else _read_samed(path)
-    for name in ("module", "vit_name", "rank", "num_classes", "class_tokens", "options", "text_encoder_sha256"):
+    for name in ("module", "vit_name", "rank", "num_classes", "class_tokens", "text_encoder_sha256"):
         if name == "num_classes" and card.module in PROMPTED:  # no tensor knows them
             continue
         if getattr(other, name) != getattr(card, name):
             raise UserError(f"{path}: expected {name} {getattr(card, name)} as in this run, found {getattr(other, name)}")
+    found, wanted_options = options_in_full(other), options_in_full(card)
+    for name in sorted((found.keys() | wanted_options.keys()) - set(_OF_A_TRAINING)):
+        if found.get(name) != wanted_options.get(name):
+            raise UserError(f"{path}: expected {name} {wanted_options.get(name)} as in this run, found {found.get(name)}")
     if None not in (other.sam_sha256, card.sam_sha256) and other.sam_sha256 != card.sam_sha256:
         raise UserError(
             f"{path}: was trained on the SAM file with sha256 {other.sam_sha256}, this run's --ckpt has {card.sam_sha256}; give that file"
@@ -365,6 +376,15 @@ def start_from(model: SliceModel, checkpoint: str | Path, card: ModelCard) -> No
             raise UserError(f"{path}: does not fit this run, {len(names)} tensors are {problem}: {', '.join(sorted(names)[:5])}")
     # With a SAM file, the frozen tensors are that file's whatever the checkpoint holds: the new run's checkpoint will not hold them.
     model.load_state_dict({name: state[name] for name in wanted}, strict=False)
+
+
+_OF_A_TRAINING = ("adapter_start", "prompt")  # options that say how tensors came to be, not what they mean
+
+
+def options_in_full(card: ModelCard) -> dict[str, Any]:
+    """The options of a card with those that it does not name, which are the module's defaults; lists for all sequences, as JSON has them."""
+    given = {name: value for name, value in card.options.items() if value is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in {**option_defaults(card.module), **given}.items()}
 
 
 def save_training_state(folder: str | Path, state: Mapping[str, Any]) -> None:

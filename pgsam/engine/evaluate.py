@@ -261,6 +261,8 @@ def refuse_overlap(card: ModelCard, folder: DataFolder, allowed: bool) -> None:
         print("NOTE: the checkpoint does not say which patients it was trained on; overlap with the test list cannot be checked")
         return
     both = sorted(set(card.training_patients) & set(folder.patients()))
+    # A case is its patient's whatever that one is called: two preparations may have named them differently.
+    both = both or sorted(set(card.training_cases or ()) & set(folder.cases()))
     if both and not allowed:
         raise UserError(
             f"{folder.list_file}: {len(both)} of the test patients were in the training data ({', '.join(both[:5])}); "

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from datasets.labels import colour_of
@@ -17,9 +18,12 @@ from pgsam.engine.log import Log
 from pgsam.engine.predict import segment_slices
 from pgsam.engine.retrieval import Found, Responder, Retriever, notes_on_retrieval
 from pgsam.engine.text_flags import SliceTextReader
+from pgsam.errors import UserError
 from pgsam.metrics import strict, summarise
 from pgsam.overlay import save_png
 from pgsam.resample import resize_nearest
+from pgsam.retrieval.build import class_counts
+from pgsam.retrieval.index import CELL_PIXELS
 from pgsam.retrieval.picture import Column, Neighbour, labels_of_fractions, neighbours_picture
 
 COLUMNS, NEIGHBOURS = 5, 3  # of a picture, at most
@@ -35,7 +39,8 @@ class WithRetrieval:
         retriever: of the model.
         said: what `open_retriever` says of it; goes into the results.
         folder: the volumes; tells their patients.
-        slices: folder of the index' slices, for the pictures; where their files are not there, the index' class fractions are drawn.
+        slices: folder of the index' slices, for the pictures; where a file is not there, damaged or has other labels, the index' class fractions
+            are drawn.
         batch_size: slices at a time.
         texts: reads the reports on the slices, for models that take them.
     """
@@ -57,7 +62,7 @@ class WithRetrieval:
         card = self.retriever.model.card
         laid = lay_as_trained(card, case, path, self.texts)
         reference = laid.apply(case.label)
-        responder = self.retriever.respond_for(self.folder.patient_of(case.name), compare=True, watch=pick_columns(reference))
+        responder = self.retriever.respond_for(self.folder.patient_of(case.name), case.name, compare=True, watch=pick_columns(reference))
         with tqdm(total=len(laid.image), desc=case.name, unit="slice", leave=False, disable=None) as bar:
             labels = segment_slices(
                 self.retriever.model,
@@ -69,9 +74,10 @@ class WithRetrieval:
                 respond=responder,
             )
         own = resize_nearest(np.concatenate(responder.own), reference.shape[1:])
-        picture = staging / "neighbours" / f"{case.name}.png"
-        picture.parent.mkdir(exist_ok=True)
-        self._draw(picture, case, laid, responder, (own, labels, reference))
+        if responder.found:  # with weight 0, the index may have none that is not of the patient
+            picture = staging / "neighbours" / f"{case.name}.png"
+            picture.parent.mkdir(exist_ok=True)
+            self._draw(picture, case, laid, responder, (own, labels, reference))
         return laid.undo(labels), metrics_of_case(laid.undo(own), case.label, card.class_names, case.spacing_mm)
 
     def conclude(self, results: dict[str, Any], known: Mapping[str, Any], log: Log) -> None:
@@ -82,9 +88,11 @@ class WithRetrieval:
         difference = {metric: paired_difference(results["cases"], known, organs, metric) for metric in metrics}
         results["without_retrieval"], results["difference"] = without, difference
         results["settings"]["retrieval"] = dict(self.said)
-        tested = {self.folder.patient_of(name) for name in known}
-        notes = notes_on_retrieval(dict(self.said))
-        if both := sorted(tested & set(self.retriever.index.patients)):
+        index = self.retriever.index
+        notes = notes_on_retrieval(self.said)
+        if self.said.get("memory", {}).get("tune") == "decoder":
+            notes.append("NOTE: the decoder was trained with its memory; without retrieval is that decoder without it, not the model it started from")
+        if both := sorted({self.folder.patient_of(name) for name in known if len(index.own(self.folder.patient_of(name), name))}):
             notes.append(f"{len(both)} of the tested patients are in the index too ({', '.join(both[:5])}); none was a neighbour of its own slices")
         for note in notes:
             log(note)
@@ -109,13 +117,25 @@ class WithRetrieval:
         """The nearest of a slice's neighbours, with their images where these lie beside the volumes."""
         index, neighbours = self.retriever.index, []
         for place, similarity in list(zip(found.indices, found.similarities, strict=True))[:NEIGHBOURS]:
-            file = self.slices / f"{index.names[place]}.npz"
-            if file.is_file():
-                image, labels = read_slice(file, index.names[place], len(index.class_names))
-                neighbours.append(Neighbour(_grey(image), labels, similarity))
-            else:
-                neighbours.append(Neighbour(None, labels_of_fractions(index.memories(torch.tensor([place])).fractions[0]), similarity))
+            fractions = index.memories(torch.tensor([place])).fractions[0]
+            image, labels = self._slice_of(index.names[place], fractions) or (None, labels_of_fractions(fractions))
+            neighbours.append(Neighbour(image, labels, similarity))
         return neighbours
+
+    def _slice_of(self, name: str, fractions: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+        """Image and labels of a slice, if its file is there, undamaged, and has the labels that the index knows."""
+        facts, file = self.retriever.index.facts, self.slices / f"{name}.npz"
+        if not file.is_file():
+            return None
+        try:
+            image, labels = read_slice(file, name, len(facts.class_names))
+        except UserError:  # the picture shows what the index has of it
+            return None
+        seen = labels
+        for side in (facts.input_size, facts.img_size):  # as it went into the index
+            seen = resize_nearest(seen, (side, side))
+        same = np.array_equal(class_counts(seen[None], len(facts.class_names))[0], (fractions * CELL_PIXELS).round().numpy())
+        return (_grey(image), labels) if same else None
 
 
 def _grey(image: np.ndarray) -> np.ndarray:

@@ -185,7 +185,7 @@ def infer(
         output: made if it is not there; results of earlier runs with the same names are replaced.
         options, references, texts: see their classes.
         respond: by the name of a scan, see `predict.segment_slices`.
-        settings: goes into `run.json` as it is.
+        settings: goes into `run.json` as it is when the tables are written, its notes beside those on the texts.
         go_on: after a bad input go on with the next one; its result says what was wrong.
         say: takes a line for the user.
 
@@ -197,7 +197,8 @@ def infer(
     results: list[CaseResult] = []
 
     def write_tables() -> None:
-        _write_tables(output, card, results, {**(settings or {}), "notes": notes_on_texts(card, texts)})
+        given = settings or {}
+        _write_tables(output, card, results, {**given, "notes": [*notes_on_texts(card, texts), *given.get("notes", [])]})
 
     for name, path in inputs.items():
         try:

@@ -185,7 +185,7 @@ class ErrorClicks:
         return clicks + [None] * (MOST_CLICKS - count)
 
 
-RATER_PROMPTS = ("none", "click")
+RATER_PROMPTS = ("none", "click", "corner")
 RATER_WEIGHT = 2.0  # of places that raters drew, in the cross-entropy
 
 
@@ -193,7 +193,7 @@ class RaterObjective:
     """What several raters drew: one sigmoid channel a structure, its target the share of the raters who drew a place.
 
     Medical-SAM-Adapter's loss (arXiv 2304.12620, its released trainer): binary cross-entropy of the full-size logits, in which what was drawn weighs
-    twice. Its prompt "none" is a positive point at (0, 0) for every picture; here it is no prompt at all.
+    twice. Its prompt "none" is a positive point at (0, 0) for every picture, which is "corner" here; "none" is no prompt at all.
 
     Args:
         prompt: one of `RATER_PROMPTS`; a click is `consensus_click`.
@@ -210,11 +210,9 @@ class RaterObjective:
     def inputs(self, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """See `Objective.inputs`."""
         images = images_of(batch, self.device, channels_last=self.channels_last)
-        if self.prompt == "none":
-            return (images,), {}
         generators = [np.random.default_rng((self.seed, _PROMPT_STREAM, *key)) for key in batch["key"].tolist()]
-        clicks = [consensus_click(target, generator) for target, generator in zip(batch["target"].numpy(), generators, strict=True)]
-        return (images,), {"points": pixel_points(clicks, self.device)}
+        points = rater_points(self.prompt, batch["target"].numpy(), generators, self.device)
+        return (images,), {} if points is None else {"points": points}
 
     def loss(self, outputs: Mapping[str, Any], batch: Batch, share: Share = WHOLE) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Objective.loss`."""
@@ -226,6 +224,22 @@ class RaterObjective:
     def probes(self, batch: Batch) -> list[Batch]:
         """The batch: every one reaches the same parameters, with a click or with "no point" in its place."""
         return [batch]
+
+
+def rater_points(prompt: str, agreement: np.ndarray, generators: Sequence[np.random.Generator], device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """How pictures are asked for: nothing, a `consensus_click` each, or a positive point on the corner pixel, (0, 0), of each.
+
+    Args:
+        prompt: one of `RATER_PROMPTS`.
+        agreement: `(B, M, H, W)`, as in `consensus_click`.
+        generators: of the clicks, one a picture.
+        device: of the model.
+    """
+    if prompt == "none":
+        return None
+    if prompt == "corner":
+        return pixel_points([Click((0, 0), True)] * len(agreement), device)
+    return pixel_points([consensus_click(own, generator) for own, generator in zip(agreement, generators, strict=True)], device)
 
 
 def consensus_click(agreement: np.ndarray, generator: np.random.Generator) -> Click | None:

@@ -24,7 +24,10 @@ RATERS_RECIPE = {
     "augment": "none",
 }
 # Nothing to --dataset REFUGE:
-RATERS_IDLE = ("target_classes", "prompt_rounds", "list_dir", "prepared", "num_classes", "allow_overlap", "warmup", "input_size")
+RATERS_IDLE = (
+    *("target_classes", "prompt_rounds", "list_dir", "prepared", "num_classes", "allow_overlap"),
+    *("warmup", "warmup_period", "input_size"),
+)
 CLASS_FLAGS = {"dice_param": 0.8, "loss_resolution": "low", "dice_reduction": "batch"}  # of losses over classes, with their defaults
 
 
@@ -33,7 +36,8 @@ def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     add, module = parser.add_argument, PROMPTED[0]
     add("--target_classes", metavar="NAME[,NAME]", help=f"{module}: classes that it is trained to find; others never are (default: all)")
     add("--prompt_rounds", type=int, help=f"{module}: rounds of clicks that correct the answer, after the first prompt (default {PROMPT_ROUNDS})")
-    add("--prompt", choices=RATER_PROMPTS, help=f"--dataset {REFUGE}: one click a picture, taken from the raters' masks, or no prompt (default none)")
+    what = "no prompt, one click a picture, taken from the raters' masks, or a point in the corner, as published (default none)"
+    add("--prompt", choices=RATER_PROMPTS, help=f"--dataset {REFUGE}: {what}")
 
 
 def check_raters(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Training a memory (`pgsam.retrieval.memory`) on a model that is trained already, and putting it back when its file is read.
 
-The model's encoder is frozen, so that the index made with it stays true; in training too a slice never recalls one of its own patient.
+The model's encoder is frozen, so that the index made with it stays true; in training too a slice never recalls one of its own patient. Where the
+decoder learns with the memory, the model without its memory is no longer the one it started from.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from datasets.held_out import HeldOut
-from datasets.layout import DataFolder, case_of
+from datasets.layout import DataFolder, case_of, read_names
 from pgsam.engine.checkpoint import read_card
 from pgsam.engine.predict import Respond
 from pgsam.engine.retrieval import DEFAULT_TOP_K
@@ -53,29 +54,49 @@ def resolve_memory(args: argparse.Namespace) -> None:
         raise UserError("--text_lora: a memory is trained with all else frozen; leave one of --text_lora and --index out")
 
 
-def open_memory(args: argparse.Namespace, model: SliceModel, card: ModelCard, folder: DataFolder) -> tuple["Memory", ModelCard]:
+def open_memory(
+    args: argparse.Namespace, model: SliceModel, card: ModelCard, folder: DataFolder, held_out: HeldOut | None = None
+) -> tuple["Memory", ModelCard]:
     """The memory that train.py's flags name, put on `model`, which is at the state of `--lora_ckpt`, and the card of both.
 
-    What the base was trained on and what the index holds are training cases of the card, beside those of `folder`.
+    What the base was trained on are training cases of the card, beside those of `folder`.
 
     Raises:
-        UserError: the index is damaged or not of that model's encoder.
+        UserError: the index is damaged or not of that model's encoder, holds patients of the test list, or leaves too few slices to a case that is
+            trained on or held out.
     """
-    base = read_card(args.lora_ckpt)
-    memory = Memory(model, SliceIndex.open(args.index), card, top_k=args.top_k, tune=args.rag_tune, patient_of=folder.patient_of)
+    base, index = read_card(args.lora_ckpt), SliceIndex.open(args.index)
+    refuse_tested(index, folder, args.allow_overlap)
+    memory = Memory(model, index, card, top_k=args.top_k, tune=args.rag_tune, patient_of=folder.patient_of)
+    for case in (*folder.cases(), *(held_out.names if held_out is not None else ())):
+        index.require_left(args.top_k, folder.patient_of(case), case)
     memory.base_patients = base.training_patients or ()
     return memory, dataclasses.replace(
         card,
         options={**card.options, MEMORY: memory.options()},
-        training_cases=_union(card.training_cases, base.training_cases, memory.index.cases),
-        training_patients=_union(card.training_patients, base.training_patients, memory.index.patients),
+        training_cases=_union(card.training_cases, base.training_cases),
+        training_patients=_union(card.training_patients, base.training_patients),
     )
+
+
+def refuse_tested(index: SliceIndex, folder: DataFolder, allowed: bool) -> None:
+    """Raises a UserError if the index holds a patient of the test list beside the training's: their labels would be recalled in training."""
+    tests = folder.list_file.with_name("test_vol.txt")
+    if allowed or not tests.is_file() or not tests.read_bytes().strip():
+        return
+    both = [case for case in read_names(tests) if len(index.own(folder.patient_of(case), case))]
+    if both:
+        raise UserError(
+            f"{index.folder}: {len(both)} of the test cases are of patients in it ({', '.join(both[:5])}), whose labels the memory would recall in "
+            "training; build it without them, or give --allow_overlap"
+        )
 
 
 class Memory:
     """A new memory on a model, with the index that it recalls from.
 
-    The base keeps what it has learned: frozen, but written into the checkpoints, which thus need no other file of ours.
+    The base keeps what it has learned, frozen (but for the decoder, with `tune` "decoder"), and is written into the checkpoints, which thus need no
+    other file of ours.
 
     Args:
         model: at the state of the checkpoint that made the index; afterwards only the memory is trained and, with `tune` "decoder", what the
@@ -98,7 +119,7 @@ class Memory:
     def __init__(self, model: SliceModel, index: SliceIndex, card: ModelCard, *, top_k: int, tune: str, patient_of: Callable[[str], str]) -> None:
         extractor = EncoderExtractor(model.image_encoder)
         index.require_fit(card, extractor)
-        self.index, self.top_k, self.patient_of = index, top_k, patient_of
+        self.index, self.top_k, self.tune, self.patient_of = index, top_k, tune, patient_of
         learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         model.kept = (*model.kept, *sorted(learned))
         model.rag = MemoryAttention(extractor.dim, len(card.class_names))
@@ -108,19 +129,18 @@ class Memory:
 
     def recall(self, slices: Sequence[str]) -> Recall:
         """For a batch of slices by their names."""
-        return self._of([self.patient_of(case_of(name)) for name in slices])
+        return self._of([case_of(name) for name in slices])
 
     def respond(self, case: str) -> Respond:
         """For the slices of one case, in prediction."""
-        patient = self.patient_of(case)
 
         def respond(model: SliceModel, images: Tensor, told: Mapping[str, Any]) -> Tensor:
-            return model(images, **told, recall=self._of([patient] * len(images)))["masks"]
+            return model(images, **told, recall=self._of([case] * len(images)))["masks"]
 
         return respond
 
-    def _of(self, patients: Sequence[str]) -> Recall:
-        return recall_from(self.index, self.top_k, patients)
+    def _of(self, cases: Sequence[str]) -> Recall:
+        return recall_from(self.index, self.top_k, [self.patient_of(case) for case in cases], cases)
 
     def describe(self, held_out: HeldOut | None) -> list[str]:
         """Lines for the log."""
@@ -131,11 +151,17 @@ class Memory:
                 f"NOTE: the base was trained on {len(both)} of the validation patients ({', '.join(both[:5])}): validation flatters it, and a memory "
                 "has little to add there"
             )
+        shown = [case for case in held_out.names if len(self.index.own(self.patient_of(case), case))] if held_out is not None else []
+        if shown:
+            lines.append(
+                f"NOTE: {len(shown)} of the validation cases are of patients in the index ({', '.join(shown[:5])}): the training recalls their "
+                "labels, so validation flatters it"
+            )
         return lines
 
     def options(self) -> dict[str, Any]:
         """What the card says of the memory."""
-        return {"heads": self.heads, "top_k": self.top_k, "index": self.index.identity}
+        return {"heads": self.heads, "top_k": self.top_k, "tune": self.tune, "index": self.index.identity}
 
 
 def _union(*names: Sequence[str] | None) -> tuple[str, ...]:

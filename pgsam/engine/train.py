@@ -190,7 +190,9 @@ class Watch(Protocol):
 
 def remedy(recipe: Recipe) -> str:
     """What helps against numbers that are not finite, in the flags of train.py or, for volumes, of scripts/train_msam.py."""
-    return "lower --lr" if recipe.refinement is not None else "lower --base_lr or use --warmup"
+    if recipe.refinement is not None:
+        return "lower --lr"
+    return "lower --base_lr or use --warmup" if recipe.rater_prompt is None else "lower --base_lr or give --grad_clip 1"
 
 
 def require_finite(model: nn.Module, step: int, helps: str = remedy(Recipe())) -> None:

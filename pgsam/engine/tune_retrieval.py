@@ -98,7 +98,7 @@ def score_case(
     model, card = retriever.model, retriever.model.card
     case = held.read(card.num_classes)
     laid = lay_as_trained(card, case, held.place, texts)
-    scorer = _GridScorer(retriever, grid, patient, laid.apply(case.label))
+    scorer = _GridScorer(retriever, grid, (patient, held.name), laid.apply(case.label))
     segment_slices(model, laid.image, input_size=card.input_size, batch_size=batch_size, texts=laid.texts, respond=scorer)
     return scorer.counts
 
@@ -106,15 +106,15 @@ def score_case(
 class _GridScorer:
     """Takes the place of `Respond` in `segment_slices`, and compares what every setting finds with the reference as the batches come."""
 
-    def __init__(self, retriever: Retriever, grid: Grid, patient: str, reference: np.ndarray) -> None:
-        self.retriever, self.grid, self.patient, self.reference = retriever, grid, patient, reference
+    def __init__(self, retriever: Retriever, grid: Grid, whose: tuple[str, str], reference: np.ndarray) -> None:
+        self.retriever, self.grid, self.whose, self.reference = retriever, grid, whose, reference  # whose: patient and case
         classes = retriever.model.card.num_classes + 1
         self.counts = {settings: np.zeros((classes, classes), dtype=np.int64) for settings in grid.settings()}
         self._done = 0
 
     def __call__(self, model: SliceModel, images: Tensor, told: dict[str, Any]) -> Tensor:
         """The model's own masks."""
-        outputs, found = self.retriever.embed(model, images, told, self.patient, max(self.grid.top_ks))
+        outputs, found = self.retriever.embed(model, images, told, *self.whose, max(self.grid.top_ks))
         truth = self.reference[self._done : self._done + len(images)]
         self._done += len(images)
         first, *others = self.counts
@@ -160,7 +160,7 @@ def choose(scores: Mapping[RagSettings, float | None]) -> RagSettings:
 
 
 def write_tuned(index: Path, scores: Mapping[RagSettings, float | None], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes `tuned.json` into an index' folder: the chosen settings, all scores, and `facts` (how, biased, patients, checkpoint_sha256)."""
+    """Writes `tuned.json` into an index' folder: the chosen settings, all scores, and `facts` (how, biased, patients, cases and what was tuned)."""
     chosen = choose(scores)
     tuned = {
         "format": TUNED_FORMAT,

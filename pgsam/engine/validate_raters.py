@@ -6,19 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from datasets.held_out import HeldOut
 from datasets.refuge import read_rated, soft_target, to_input
 from pgsam.engine.distributed import World
-from pgsam.engine.objective import consensus_click, pixel_points
+from pgsam.engine.objective import rater_points
 from pgsam.models.base import SliceModel
 from pgsam.models.promptable import SamPromptable
 from pgsam.rater_metrics import threshold_scores
 
 CLICK_SEED = 0  # the same clicks in every run, whatever its seed
-FROM_TRUTH = "one click a picture, taken from ground truth (a place that half of the raters or more drew)"
-WITHOUT = "no prompt"
+PROMPT_WORDS = {
+    "none": "no prompt",
+    "click": "one click a picture, taken from ground truth (a place that half of the raters or more drew)",
+    "corner": "a positive point in the corner, (0, 0), of every picture",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ def answer_rated(
     Args:
         model: in evaluation mode, with channels.
         files, names: as `datasets.refuge.read_rated`.
-        prompt: "none", or "click" for a `consensus_click`.
+        prompt: one of `pgsam.engine.objective.RATER_PROMPTS`.
         seed: of the clicks, with the picture's number.
         numbers: of the pictures; their places in `names` by default.
 
@@ -60,9 +62,7 @@ def answer_rated(
     for number, name in zip(range(len(names)) if numbers is None else numbers, names, strict=True):
         rated = read_rated(files, name)
         image, target = to_input(rated.image, model.img_size), soft_target(rated.votes, model.img_size).numpy()
-        points: tuple[Tensor, Tensor] | None = None
-        if prompt == "click":
-            points = pixel_points([consensus_click(target, np.random.default_rng((seed, number)))], device)
+        points = rater_points(prompt, target[None], [np.random.default_rng((seed, number))], device)
         masks = model(image[None].to(device), points)["masks"][0]
         yield name, RatedAnswer(image.numpy(), target, masks.sigmoid().cpu().numpy())
 
@@ -88,8 +88,10 @@ class RaterValidation:
 
     def describe(self) -> list[str]:
         """Lines for the log."""
-        how = WITHOUT if self.prompt == "none" else FROM_TRUTH
-        return [*self.held_out.describe(), f"validation: Dice of {' and '.join(self.channels)}, mean over thresholds; {how}"]
+        return [
+            *self.held_out.describe(),
+            f"validation: Dice of {' and '.join(self.channels)}, mean over thresholds; {PROMPT_WORDS[self.prompt]}",
+        ]
 
     def in_words(self, found: Mapping[str, float | None]) -> str:
         """What a call gave, for the log, in points of 100."""

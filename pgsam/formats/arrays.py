@@ -18,7 +18,7 @@ import numpy as np
 
 from pgsam.errors import UserError
 from pgsam.formats.common import DEFLATE_RATIO, check_claim, check_finite, check_spacing, unreadable
-from pgsam.volume import BTCV_ORIENTATION, Volume, from_attributes, reorient, spacing_of
+from pgsam.volume import BTCV_ORIENTATION, Volume, check_orientation, from_attributes, reorient, spacing_of
 
 # What zipfile, its packings, numpy and h5py raise on damaged files (RuntimeError: also zip flags that say encrypted; TokenError: a cut npy header).
 DAMAGE = (
@@ -83,6 +83,8 @@ def read_array(path: Path, key: str = "image") -> StoredArray:
 def placed(path: Path, array: np.ndarray, attributes: Mapping[str, Any]) -> Volume:
     """The volume of an array [D, H, W] or [H, W] and what its file says of its place; without a place, as `read_array` says.
 
+    A file may say its `orientation` alone, as those of pictures do.
+
     Raises:
         UserError: the geometry is incomplete or impossible.
     """
@@ -90,7 +92,11 @@ def placed(path: Path, array: np.ndarray, attributes: Mapping[str, Any]) -> Volu
     if volume is None:
         affine = np.zeros((4, 4))
         affine[[2, 1, 0, 3], [0, 1, 2, 3]] = (*(spacing_of(attributes, str(path)) or (1.0, 1.0, 1.0)), 1)
-        volume = reorient(Volume(np.empty((1, 1, 1)), affine), BTCV_ORIENTATION)  # one voxel: turned about the origin
+        code = _text(attributes.get("orientation")) or BTCV_ORIENTATION
+        try:
+            volume = reorient(Volume(np.empty((1, 1, 1)), affine), check_orientation(code))  # one voxel: turned about the origin
+        except UserError as error:
+            raise UserError(f"{path}: {error}; make the file again") from error
         volume = Volume(array[None] if array.ndim == 2 else array, volume.affine)
     check_spacing(path, np.array(volume.spacing_mm[::-1]))
     return volume
@@ -98,9 +104,7 @@ def placed(path: Path, array: np.ndarray, attributes: Mapping[str, Any]) -> Volu
 
 def _scaling(path: Path, attributes: Mapping[str, Any]) -> tuple[str | None, tuple[float, float] | None]:
     """The file's `image_kind` and `window`, None for what is not there."""
-    stored, window = attributes.get("image_kind"), attributes.get("window")
-    stored = stored.item() if isinstance(stored, np.ndarray) and stored.size == 1 else stored  # h5 gives a text, npz an array of one
-    kind = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else None if stored is None else str(stored)
+    kind, window = _text(attributes.get("image_kind")), attributes.get("window")
     if window is None:
         return kind, None
     try:
@@ -110,6 +114,12 @@ def _scaling(path: Path, attributes: Mapping[str, Any]) -> tuple[str | None, tup
     if not -math.inf < lo < hi < math.inf:
         raise UserError(f"{path}: expected a window from a lower to a higher number, found {lo:g} to {hi:g}; make the file again")
     return kind, (lo, hi)
+
+
+def _text(stored: Any) -> str | None:
+    """An attribute that is text: h5 gives it as it is or as bytes, npz as an array of one."""
+    stored = stored.item() if isinstance(stored, np.ndarray) and stored.size == 1 else stored
+    return stored.decode("utf-8", "replace") if isinstance(stored, bytes) else None if stored is None else str(stored)
 
 
 def _choose(path: Path, names: list[str], key: str) -> str:

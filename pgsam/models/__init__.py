@@ -1,5 +1,6 @@
 """One file a paper; `build_model` knows them by the names of the `--module` flag."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,23 @@ BUILDERS: dict[str, Callable[..., SliceModel]] = {
     SAM_ADAPTER: _sam_adapter,
     SAM_PROMPTABLE: _promptable,
 }
+_SIGNATURES: dict[str, Callable[..., SliceModel]] = {
+    PG_SAM: build_pg_sam,
+    SAMED: build_samed,
+    SAMED_S: build_samed,
+    SAM_ADAPTER: build_sam_adapter,
+    SAM_PROMPTABLE: build_promptable,
+}
 READS_TEXT = (PG_SAM,)
 PROMPTED = (SAM_PROMPTABLE,)  # segment what a prompt points at, not classes
+
+
+def option_defaults(module: str) -> dict[str, Any]:
+    """What the options of a module are where nothing else is said, those that are None left out; the rest of a card stands apart from them."""
+    apart = ("rank", "class_tokens", "text_dim", "missing", "decoder_lora", "checkpointing")
+    known = inspect.signature(_SIGNATURES[module]).parameters.values()
+    found = {option.name: option.default for option in known if option.default is not option.empty and option.name not in apart}
+    return {name: value for name, value in found.items() if value is not None} | ({"text_lora": 0} if module in READS_TEXT else {})
 
 
 def resolve_class_names(num_classes: int, class_names: Sequence[str] | None) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ SAM in what `compat="msa"` of `build_promptable` and this module reproduce:
 
 Depth adapters are there in files of 2-D trainings too, where nothing uses them; they are left out. A file does not say of which kind it is: one of a
 training over depth (`-thd True`) is read as what it would be without. Every prompt counts: where that code had none it gave a point in the corner,
-(0, 0), so for what its REFUGE weights gave, give that point.
+(0, 0), which is `--prompt corner` of scripts/test_refuge.py.
 """
 
 import re
@@ -64,8 +64,11 @@ def describe_msa_state(state: Mapping[str, Tensor], source: str) -> MsaFile:
     """Reads `msa_state`'s tensors.
 
     Raises:
-        UserError: the ViT is none of SAM's, or the decoder has more than SAM's four mask tokens.
+        UserError: the ViT is none of SAM's, the decoder has more than SAM's four mask tokens, or a tensor is a single number.
     """
+    scalars = sorted(name for name, value in state.items() if value.ndim == 0)
+    if scalars:
+        raise UserError(f"{source}: expected tensors with axes, found single numbers: {', '.join(scalars[:5])} ({len(scalars)} such); it is damaged")
     whole = any(not _ADAPTER_KEY.fullmatch(name) for name in state)
     blocks = {name.split(".")[2] for name in state if _ADAPTER_KEY.fullmatch(name)}
     dims = {value.shape[-1] for name, value in state.items() if name.endswith("_Adapter.D_fc1.weight")}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pgsam.errors import UserError
 from pgsam.retrieval.extractor import EncoderExtractor, Extractor, global_vectors
-from pgsam.retrieval.index import FORMAT, KIND, MANIFEST, SLICES, TOKENS, Card, IndexFacts, SliceIndex, checksum, layout
+from pgsam.retrieval.index import FORMAT, KIND, LISTS, MANIFEST, SLICES, TOKENS, Card, IndexFacts, SliceIndex, checksum, layout, lists_sha256
 from pgsam.retrieval.stream import StreamedTensors
 from pgsam.tuning.lora import lora_merged
 
@@ -130,7 +130,7 @@ def write_index(output: str | Path, facts: IndexFacts, source: Source, batches: 
             "facts": dataclasses.asdict(facts),
             "count": len(source.names),
             "labelled": labelled,
-            "sha256": sha256,
+            "sha256": {**sha256, LISTS: lists_sha256(source.names, source.cases, source.patients)},
             "git_commit": git_commit,
             **dataclasses.asdict(source),
         }
@@ -186,16 +186,25 @@ def _new_folder(output: Path) -> Iterator[Path]:
         UserError: `output` is a file or holds something, or cannot be written.
     """
     refuse_taken(output)
-    made = [folder for folder in output.parents if not folder.exists()]
-    staging = output.with_name(f".unfinished-{os.getpid()}-{output.name}")
+    place = Path(os.path.realpath(output))  # a link stays one, and "." has no name
+    made = [folder for folder in place.parents if not folder.exists()]
+    there = place.exists()  # it may be a working folder: what is in it changes, not the folder
+    staging = place / f".unfinished-{os.getpid()}" if there else place.with_name(f".unfinished-{os.getpid()}-{place.name}")
+    moved: list[Path] = []
     try:
         staging.mkdir(parents=True)
         yield staging
-        if output.exists():
-            output.rmdir()
-        staging.rename(output)
+        if there:
+            for path in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST):  # without its manifest it is no index
+                moved.append(place / path.name)
+                path.rename(moved[-1])
+            staging.rmdir()
+        else:
+            staging.rename(place)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        for path in moved:
+            path.unlink(missing_ok=True)
         for folder in made:  # only what this call made, and only while it is empty
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()

@@ -2,7 +2,7 @@
 
 A folder with three files, whose tensors are read by memory map, the large ones only where a slice is retrieved:
 
-    manifest.json       what made it (`IndexFacts`), every slice's name, case and patient, sha256 of the tensors
+    manifest.json       what made it (`IndexFacts`), every slice's name, case and patient, sha256 of the tensors and of these lists
     slices.safetensors  vectors (N, C) float32, the mean token, of length 1; counts (N, K + 1, q, q) uint8, how many of the 16 pixels of each
                         cell have each class, q = img_size / 4; checksums (N) int64
     tokens.safetensors  tokens (N, C, g, g) float16, g = img_size / 16
@@ -34,6 +34,7 @@ from pgsam.retrieval.stream import DTYPES
 FORMAT = 1
 KIND = "pgsam slice index"
 MANIFEST, SLICES, TOKENS = "manifest.json", "slices.safetensors", "tokens.safetensors"
+LISTS = "lists"  # the names, cases and patients, among what has a sha256
 CELL_PIXELS = 16  # pixels of a cell of the decoder's grid, 4 x 4
 
 
@@ -182,13 +183,43 @@ class SliceIndex:
             places.setdefault(patient, []).append(index)
         return {patient: np.array(indices, dtype=np.int64) for patient, indices in places.items()}
 
-    def nearest(self, vectors: Tensor, k: int, patient: str | Sequence[str | None] | None) -> Hits:
+    @cached_property
+    def _patients_of_case(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for case, patient in zip(self.cases, self.patients, strict=True):
+            found.setdefault(case, set()).add(patient)
+        return found
+
+    def patients_of(self, case: str) -> set[str]:
+        """Under which keys this index has the patient of a case; none where it does not have the case."""
+        return self._patients_of_case.get(case, set())
+
+    def own(self, patient: str | None, case: str | None) -> np.ndarray:
+        """The slices that a query of this patient and case must not be given, sorted.
+
+        Those of the patient, and, since a patient may have another key where the index was made, those of all patients that have the case here.
+        """
+        patients = {patient, *(self.patients_of(case) if case is not None else ())} & self._of_patient.keys()
+        return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *(self._of_patient[key] for key in patients)]))
+
+    def require_left(self, k: int, patient: str | None, case: str | None) -> np.ndarray:
+        """`own`, after a check that k other slices are left. Raises a UserError if they are not."""
+        hidden = self.own(patient, case)
+        left = len(self) - len(hidden)
+        if k > left:
+            said = f", {len(hidden)} of them of the query's own patient {patient or case}" if len(hidden) else ""
+            hint = f"give --top_k {left} or less" if left else "build it of other patients too"
+            raise UserError(f"--top_k {k}: expected at most {left}; {self.folder} holds {len(self)} slices{said}; {hint}")
+        return hidden
+
+    def nearest(self, vectors: Tensor, k: int, patient: str | Sequence[str | None] | None, case: str | Sequence[str | None] | None = None) -> Hits:
         """The k slices whose global vectors have the largest cosine with the query's, on the CPU; of equal ones the first in the index comes first.
 
         Args:
             vectors: `(C,)` of one query or `(B, C)`, of length 1 (`pgsam.retrieval.extractor.global_vectors`).
             k: how many.
             patient: of all queries, or of each; slices of this patient are never returned. None for one who is not in the index.
+            case: of all queries, or of each; slices of this case, and of those who have it in the index, are never returned either.
 
         Raises:
             UserError: fewer than k slices are left, or a vector is not finite.
@@ -200,14 +231,9 @@ class SliceIndex:
             raise ValueError(f"expected vectors of width {self.facts.width}, not {queries.shape[1]}")
         if not np.isfinite(queries).all():
             raise UserError(f"{self.folder}: expected finite embeddings to search with, found NaN or infinity; the checkpoint is damaged or diverged")
-        patients = [patient] * len(queries) if patient is None or isinstance(patient, str) else list(patient)
-        nobody = np.empty(0, dtype=np.int64)
-        left_out = [nobody if who is None else self._of_patient.get(who, nobody) for who in patients]
-        for who, hidden in zip(patients, left_out, strict=True):
-            if k > len(self) - len(hidden):
-                own = f", {len(hidden)} of them of the query's own patient {who}" if len(hidden) else ""
-                hint = f"give --top_k {len(self) - len(hidden)} or less" if len(self) > len(hidden) else "build it of other patients too"
-                raise UserError(f"--top_k {k}: expected at most {len(self) - len(hidden)}; {self.folder} holds {len(self)} slices{own}; {hint}")
+        patients, cases = ([key] * len(queries) if key is None or isinstance(key, str) else list(key) for key in (patient, case))
+        known = {pair: self.require_left(k, *pair) for pair in dict.fromkeys(zip(patients, cases, strict=True))}
+        left_out = [known[pair] for pair in zip(patients, cases, strict=True)]
         indices, similarities = self._search.find(queries, k, left_out)
         shape = (*vectors.shape[:-1], k)
         return Hits(torch.from_numpy(indices).reshape(shape), torch.from_numpy(similarities).float().reshape(shape))
@@ -281,11 +307,24 @@ def checksum(tokens: np.ndarray, counts: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(counts).data, zlib.crc32(np.ascontiguousarray(tokens).data))
 
 
+def lists_sha256(names: Sequence[str], cases: Sequence[str], patients: Sequence[str]) -> str:
+    """sha256 of what every slice is called: whoever changes a patient's name changes whose slices are given out."""
+    return hashlib.sha256(json.dumps([list(names), list(cases), list(patients)]).encode()).hexdigest()
+
+
 def _check_lists(manifest: Mapping[str, Any]) -> None:
-    """Raises a ValueError unless the slices' names, cases and patients are as many as the manifest says."""
-    lengths = {key: len(manifest[key]) for key in ("names", "cases", "patients")}
-    if set(lengths.values()) != {manifest["count"]}:
-        raise ValueError(f"{manifest['count']} slices, but {lengths}")
+    """Raises a ValueError unless the slices' names, cases and patients are texts, as many as the manifest says, and those that were written."""
+    lists, count = {key: manifest[key] for key in ("names", "cases", "patients")}, manifest["count"]
+    if type(count) is not int:
+        raise ValueError(f"count: a whole number was written, found {count!r}")
+    for key, values in lists.items():
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{key}: a list of texts was written")
+    lengths = {key: len(values) for key, values in lists.items()}
+    if set(lengths.values()) != {count}:
+        raise ValueError(f"{count} slices, but {lengths}")
+    if lists_sha256(**lists) != manifest["sha256"][LISTS]:
+        raise ValueError("names, cases and patients: others were written")
 
 
 def _open_tensors(path: Path, wanted: Mapping[str, tuple[str, tuple[int, ...]]]) -> Any:

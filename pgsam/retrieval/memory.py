@@ -26,13 +26,16 @@ _FIRST_TEMPERATURE = 0.05  # of the cosines
 _FIRST_REACH = 0.8  # of the first head, as a share of the grid's side; each further head begins with half of the one before
 
 
-def recall_from(index: SliceIndex, top_k: int, patients: Sequence[str | None]) -> Callable[[Tensor], Memories]:
+def recall_from(
+    index: SliceIndex, top_k: int, patients: Sequence[str | None], cases: Sequence[str | None] | None = None
+) -> Callable[[Tensor], Memories]:
     """What a model's forward takes as `recall`: embeddings `(B, C, g, g)` -> their `top_k` nearest slices in `index`, on the same device.
 
     Args:
         index: made with the model's own encoder, as it is (`SliceIndex.require_fit`).
         top_k: neighbours of a slice.
         patients: of the B slices; their own slices are never recalled (None: all may be).
+        cases: of the B slices; nor are those of the patients who have these cases in the index.
 
     Raises:
         UserError: fewer slices than `top_k` are left without a patient's; when the model calls.
@@ -41,7 +44,7 @@ def recall_from(index: SliceIndex, top_k: int, patients: Sequence[str | None]) -
     @torch.compiler.disable  # reads files
     @torch.no_grad()
     def recall(embedding: Tensor) -> Memories:
-        hits = index.nearest(global_vectors(embedding).cpu(), top_k, patients)
+        hits = index.nearest(global_vectors(embedding).cpu(), top_k, patients, cases)
         with torch.autocast("cpu", enabled=False):  # which is not for the float16 of the index
             return index.memories(hits.indices).to(embedding.device)
 

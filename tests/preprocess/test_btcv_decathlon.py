@@ -154,3 +154,29 @@ def test_lists_that_cannot_be_read(btcv: Path, change, words: str, capsys: pytes
 def test_spacing_is_positive(btcv: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare(btcv, "--spacing_mm", "1", "0", "1") == 2
     assert "--spacing_mm 1 0 1: expected three positive numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spacing", "words"),
+    [
+        ("0.001 0.001 0.001", "voxels of 0.001 x 0.001 x 0.001 mm would give a grid of 36000 x 36000 x 30000 (x, y, z) of a scan of 40 x 36 x 10"),
+        ("1e-300 1e-300 1e-300", "at most 1073741824 voxels"),
+        ("5e-324 1 1", "at most 1073741824 voxels"),
+        ("100 100 100", "slices of 8 pixels a side or more, found that voxels of 100 x 100 x 100 mm would give a grid of 0 x 0 x 0"),
+        ("1e300 1.5 2", "would give a grid of 0 x 24 x 15"),
+        ("1.5 1.5 61", "would give a grid of 24 x 24 x 0"),
+    ],
+)
+def test_spacings_that_cannot_be_meant_say_the_grid(btcv: Path, spacing: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(btcv, "--spacing_mm", *spacing.split()) == 2
+    line = capsys.readouterr().err
+    assert words in line
+    assert "img0001" in line
+    assert len(line.splitlines()) == 1
+
+
+def test_coarse_grids_are_still_made() -> None:
+    volume = Volume(np.zeros((10, 36, 40)), np.diag([3.0, 1.0, 0.9, 1.0]))
+    assert resample_volume(volume, (30.0, 4.5, 4.5)).array.shape == (1, 8, 8)
+    narrow = Volume(np.zeros((10, 4, 40)), np.diag([3.0, 1.0, 0.9, 1.0]))  # no narrower than it was
+    assert resample_volume(narrow, (3.0, 1.0, 0.9)).array.shape == (10, 4, 40)

@@ -125,11 +125,41 @@ def test_preparing_again_makes_only_what_has_changed(archive_2018: Path) -> None
 
 def test_prepared_data_are_verified(archive_2018: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = prepare(archive_2018)
-    assert verify_dataset.main([str(out), "--num_workers", "0"]) == 0, capsys.readouterr().out
+    findings = archive_2018.parent / "findings.json"
+    assert verify_dataset.main([str(out), "--num_workers", "0", "--output", str(findings)]) == 0, capsys.readouterr().out
+    assert "assumed" not in capsys.readouterr().out
+    cases = json.loads(findings.read_text())["cases"]
+    assert len(cases) == 7
+    assert {(entry["orientation"], entry["orientation_assumed"]) for entry in cases} == {("LPS", False)}  # as every picture is placed
     with h5py.File(out / "test_vol_h5" / "ISIC_0000010.npy.h5", "r+") as file:
         file["image"][0, 0, 0, 0] = np.nan
-    assert verify_dataset.main([str(out), "--num_workers", "0"]) != 0
+    assert verify_dataset.main([str(out), "--num_workers", "0", "--output", str(findings)]) != 0
     assert "ISIC_0000010" in capsys.readouterr().out
+
+
+def test_a_split_that_is_gone_leaves_no_list(archive_2018: Path) -> None:
+    """Nothing is made anew by the second run."""
+    out = prepare(archive_2018)
+    for name in ("ISIC2018_Task1-2_Validation_Input", "ISIC2018_Task1_Validation_GroundTruth"):
+        (archive_2018 / name).rename(archive_2018.parent / name)
+    prepare(archive_2018)
+    assert sorted(path.name for path in (out / "lists").iterdir()) == ["test_vol.txt", "train.txt"]
+    for name in ("ISIC2018_Task1-2_Test_Input", "ISIC2018_Task1_Test_GroundTruth"):
+        (archive_2018 / name).rename(archive_2018.parent / name)
+    prepare(archive_2018)
+    assert [path.name for path in (out / "lists").iterdir()] == ["train.txt"]
+
+
+def test_a_picture_in_two_splits_is_named_with_both(archive_2018: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, ending in (("1-2_{}_Input", ".jpg"), ("1_{}_GroundTruth", "_segmentation.png")):
+        source, target = (archive_2018 / f"ISIC2018_Task{kind.format(split)}" for split in ("Training", "Test"))
+        (target / f"ISIC_0000003{ending}").write_bytes((source / f"ISIC_0000003{ending}").read_bytes())
+    assert isic.main(["--src_path", str(archive_2018), "--dst_path", str(archive_2018.parent / "out"), "--num_workers", "0"]) == 2
+    line = capsys.readouterr().err
+    for words in ("ISIC_0000003", "ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1-2_Test_Input"):
+        assert words in line
+    assert len(line.splitlines()) == 1
+    assert not (archive_2018.parent / "out").exists()
 
 
 @pytest.mark.parametrize(

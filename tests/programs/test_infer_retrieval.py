@@ -63,21 +63,38 @@ def test_a_scan_with_retrieval(infer: Call, scan: Path, index: Path, tmp_path: P
     assert "retrieval" not in json.loads((tmp_path / "plain" / "run.json").read_text())
 
 
-def test_a_patient_is_left_out(infer: Call, raw: Path, trained: Path, prepared: Path, index: Path, tmp_path: Path) -> None:
-    """With --patient an index that holds the patient gives what one without him gives."""
-    scan = tmp_path / "case0005.nii.gz"
-    shutil.copy(raw / "Training" / "img" / "img0005.nii.gz", scan)
+@pytest.mark.parametrize("name", ["case0005", "case0005_0000", "case0005_img"])
+def test_a_patient_is_left_out(infer: Call, raw: Path, trained: Path, prepared: Path, index: Path, tmp_path: Path, name: str) -> None:
+    """By --patient, and by the scan's name: an index that holds the patient gives what one without him gives."""
+    scan, unnamed = tmp_path / f"{name}.nii.gz", tmp_path / "scan.nii.gz"
+    for copy in (scan, unnamed):
+        shutil.copy(raw / "Training" / "img" / "img0005.nii.gz", copy)
     (tmp_path / "others.txt").write_text("case0006\ncase0007\n")
     others = build(tmp_path / "others", trained, prepared, "--list", tmp_path / "others.txt")
-    seen = infer("-i", scan, "-o", tmp_path / "seen", "--index", index, *STRONG)
-    assert seen.code == 0
-    assert "NOTE: case0005 has the name of a patient in the index" in seen.out
-    left = infer("-i", scan, "-o", tmp_path / "left", "--index", index, *STRONG, "--patient", "case0005")
-    assert left.code == 0
-    assert "NOTE" not in left.out
-    assert infer("-i", scan, "-o", tmp_path / "without", "--index", others, *STRONG).code == 0
-    assert np.array_equal(labels_of(tmp_path / "left"), labels_of(tmp_path / "without"))
-    assert not np.array_equal(labels_of(tmp_path / "left"), labels_of(tmp_path / "seen"))
+    assert infer("-i", unnamed, "-o", tmp_path / "seen", "--index", index, *STRONG).code == 0
+    said = infer("-i", unnamed, "-o", tmp_path / "said", "--index", index, *STRONG, "--patient", "case0005")
+    assert said.code == 0
+    assert "NOTE" not in said.out
+    named = infer("-i", scan, "-o", tmp_path / "named", "--index", index, *STRONG)
+    note = f"NOTE: {name} has the name of a case or a patient in the index, whose 10 slices are left out for it"
+    assert note in named.out
+    assert note in json.loads((tmp_path / "named" / "run.json").read_text())["notes"]
+    assert infer("-i", unnamed, "-o", tmp_path / "without", "--index", others, *STRONG).code == 0
+    assert np.array_equal(labels_of(tmp_path / "said"), labels_of(tmp_path / "without"))
+    assert np.array_equal(labels_of(tmp_path / "named"), labels_of(tmp_path / "without"))
+    assert not np.array_equal(labels_of(tmp_path / "named"), labels_of(tmp_path / "seen"))
+
+
+def test_each_scan_of_a_folder_by_its_name(infer: Call, raw: Path, index: Path, tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    for name in ("case0005", "case0006", "other"):
+        shutil.copy(raw / "Training" / "img" / "img0005.nii.gz", tmp_path / "scans" / f"{name}.nii.gz")
+    assert infer("-i", tmp_path / "scans", "-o", tmp_path / "out", "--index", index, *STRONG).code == 0
+    notes = json.loads((tmp_path / "out" / "run.json").read_text())["notes"]
+    assert [note.split()[1] for note in notes if note.startswith("NOTE")] == ["case0005", "case0006"]
+    found = {file.name[:-11]: np.asanyarray(nib.load(file).dataobj) for file in (tmp_path / "out").glob("*_seg.nii.gz")}
+    assert not np.array_equal(found["case0005"], found["other"])
+    assert not np.array_equal(found["case0005"], found["case0006"])
 
 
 @pytest.mark.parametrize(

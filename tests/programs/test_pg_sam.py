@@ -805,8 +805,8 @@ def test_training_goes_on_with_the_tuned_text_encoder(train: Call, lora_run: tup
     ("flags", "said"),
     [
         ("", "class_tokens"),
-        ("--class_tokens text --refine_steps 1", "options"),
-        ("--class_tokens text --aligner none", "options"),
+        ("--class_tokens text --refine_steps 1", "refine_steps 1 as in this run, found 3"),
+        ("--class_tokens text --aligner none", "aligner none as in this run, found gated"),
         ("--class_tokens text --rank 2", "rank"),
         ("--class_tokens text --text_encoder BERT --reports FILE", "text_encoder_sha256"),
         (f"--module {SAMED}", "module"),

@@ -1,6 +1,7 @@
 """A memory trained on a trained model by train.py --index: where it starts, what it may recall, what is saved, and what a user can get wrong."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from datasets.layout import case_of, find_data
 from datasets.slices import SliceDataset
 from datasets.volumes import read_case
 from pgsam import load_model
-from pgsam.engine.checkpoint import read_card
+from pgsam.engine.checkpoint import read_card, save_release
 from pgsam.engine.evaluate import metrics_of_case
 from pgsam.engine.predict import segment_slices
 from pgsam.engine.validate import means_of
@@ -86,7 +87,7 @@ def test_only_the_memory_learns_and_the_file_stands_alone(remembering: Path, tra
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert after["rag.out.2.weight"].abs().max() > 1e-4
     card, base = (read_card(run / "final.safetensors") for run in (remembering, trained))
-    assert card.options == {"tune": "full", "rag": {"heads": 4, "top_k": 2, "index": SliceIndex.open(index).identity}}
+    assert card.options == {"tune": "full", "rag": {"heads": 4, "top_k": 2, "tune": "memory", "index": SliceIndex.open(index).identity}}
     assert (card.training_patients, card.class_names, card.module) == (base.training_patients, base.class_names, base.module)
     model = load_model(remembering / "final.safetensors", device="cpu")
     state = model.state_dict()
@@ -155,8 +156,11 @@ def test_no_slice_recalls_its_own_patient(
     seen: list[tuple[tuple[str, ...], list[set[str]]]] = []
     nearest = SliceIndex.nearest
 
-    def watch(self: SliceIndex, vectors: torch.Tensor, k: int, patient: Any) -> Hits:
-        hits = nearest(self, vectors, k, patient)
+    cases: set[str] = set()
+
+    def watch(self: SliceIndex, vectors: torch.Tensor, k: int, patient: Any, case: Any) -> Hits:
+        cases.update(case)
+        hits = nearest(self, vectors, k, patient, case)
         seen.append((tuple(patient), [{self.patients[i] for i in found} for found in hits.indices.tolist()]))
         return hits
 
@@ -166,14 +170,16 @@ def test_no_slice_recalls_its_own_patient(
     argv = ("--root_path", tmp_path / "data", "--index", index, "--val_list", listed, "--max_epochs", 1, "--output", tmp_path / "run")
     outcome = call("train", *flags, *argv)
     assert outcome.code == 0, outcome
+    assert cases == {"case0005", "case0006", "case0007"}  # in the index, perhaps, under another patient
     asked = [patient for patients, _ in seen for patient in patients]
     assert {patient: asked.count(patient) for patient in set(asked)} == {"Ann": 20, "case0006": 10}
     for patients, found in seen:
         for patient, recalled in zip(patients, found, strict=True):
             assert patient not in recalled
     assert "NOTE: the base was trained on 1 of the validation patients (case0006)" in log(tmp_path / "run")
+    assert "NOTE: 1 of the validation cases are of patients in the index (case0006)" in log(tmp_path / "run")
     card = read_card(tmp_path / "run" / "final.safetensors")
-    assert card.training_patients == ("Ann", "case0005", "case0006", "case0007")  # of the list and the index, and of the base
+    assert card.training_patients == ("Ann", "case0005", "case0006", "case0007")  # of the list, and of the base
     row = rows(tmp_path / "run" / "history.csv")[0]
     assert 0 < float(row["val_dsc"]) <= 1
     assert (tmp_path / "run" / "best.safetensors").is_file()
@@ -219,12 +225,18 @@ def test_a_run_goes_on_with_its_own_index_only(call: Call, flags: tuple, trained
     call("train", *flags, *run, "--resume", "auto", "--index", other).refused("options rag index", SliceIndex.open(other).identity[:8])
 
 
-def test_the_decoder_too(call: Call, flags: tuple, trained: Path, tmp_path: Path) -> None:
+def test_the_decoder_too(call: Call, flags: tuple, trained: Path, prepared: Path, index: Path, tmp_path: Path) -> None:
     assert call("train", *flags, "--rag_tune", "decoder", "--stop_epoch", 1, "--output", tmp_path / "run").code == 0
     before, after = (load_file(run / "final.safetensors") for run in (trained, tmp_path / "run"))
     moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"mask_decoder"}
     assert json.loads((tmp_path / "run" / "config.json").read_text())["flags"]["rag_tune"] == "decoder"
+    assert read_card(tmp_path / "run" / "final.safetensors").options["rag"]["tune"] == "decoder"
+    tested = ("--checkpoint", tmp_path / "run" / "final.safetensors", "--device", "cpu", "--data_dir", prepared, "--index", index)
+    outcome = call("scripts.test_rag", *tested, "--rag_weight", 0, "--output_dir", tmp_path / "results")
+    assert outcome.code == 0, outcome
+    notes = json.loads((tmp_path / "results" / "metrics.json").read_text())["settings"]["notes"]
+    assert any("the decoder was trained with its memory" in note for note in notes)
 
 
 @pytest.mark.parametrize("module", ["sam_lora_image_encoder", "sam_adapter"])
@@ -283,6 +295,7 @@ def test_what_a_model_recalls_is_what_the_index_has(call: Call, data: Path, vit_
         ("--lora_ckpt", (), ("--index", "--lora_ckpt")),
         (None, ("--top_k", 0), ("--top_k 0", "at least 1")),
         (None, ("--top_k", 21), ("--top_k 21", "at most 20", "case000")),
+        (None, ("--val_share", 0.3, "--top_k", 21), ("--top_k 21", "at most 20")),
         (None, ("--checkpointing",), ("--checkpointing", "frozen")),
         (None, ("--module", "sam_promptable"), ("--index", "sam_promptable")),
         (None, ("--module", "pg_sam", "--text_lora", 2), ("--text_lora", "--index")),
@@ -296,7 +309,48 @@ def test_flags_that_do_not_fit(call: Call, flags: tuple, tmp_path: Path, without
         place = given.index(without)
         del given[place : place + 2]
     call("train", *given, "--output", tmp_path / "run", *added).refused(*needles)
-    assert not (tmp_path / "run" / "last.pt").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def with_index_of(prepared: Path, folder: Path, keys: dict[str, str], checkpoint: Path) -> tuple[Path, Path]:
+    """A copy of the data whose training list lacks case0006, and an index of all training cases; `keys`: patients that only the index has so."""
+    shutil.copytree(prepared, folder / "data")
+    path = folder / "data" / "manifest.json"
+    text = path.read_text()
+    manifest = json.loads(text)
+    for case, patient in keys.items():
+        manifest["cases"][case]["patient"] = patient
+    path.write_text(json.dumps(manifest))
+    index = make_index(checkpoint, folder / "data", folder / "index")
+    path.write_text(text)
+    listed = folder / "data" / "lists" / "train.txt"
+    listed.write_text("".join(f"{name}\n" for name in listed.read_text().split() if not name.startswith("case0006")))
+    return folder / "data", index
+
+
+def test_patients_of_the_test_list_are_not_recalled(call: Call, flags: tuple, trained: Path, prepared: Path, tmp_path: Path) -> None:
+    """In training, whatever they are called in the index."""
+    data, index = with_index_of(prepared, tmp_path, {"case0006": "P-6"}, trained / "final.safetensors")
+    (data / "lists" / "test_vol.txt").write_text("case0006\n")
+    argv = (*flags, "--root_path", data, "--index", index, "--output", tmp_path / "run", "--max_epochs", 1)
+    call("train", *argv).refused("1 of the test cases are of patients in it (case0006)", "--allow_overlap")
+    assert not (tmp_path / "run").exists()
+    assert call("train", *argv, "--allow_overlap").code == 0
+
+
+def test_the_card_names_who_was_trained_on(call: Call, flags: tuple, trained: Path, prepared: Path, tmp_path: Path) -> None:
+    """Not who is in the index alone; and a slice of a case that the index has under another patient recalls none of that patient."""
+    base = tmp_path / "base.safetensors"
+    tensors, card = load_file(trained / "final.safetensors"), read_card(trained / "final.safetensors")
+    model = load_model(trained / "final.safetensors", device="cpu")
+    assert tensors
+    save_release(base, model, dataclasses.replace(card, training_patients=("case0005",), training_cases=("case0005",)))
+    data, index = with_index_of(prepared, tmp_path, {"case0005": "P-5", "case0007": "P-5"}, base)
+    argv = (*flags, "--root_path", data, "--lora_ckpt", base, "--index", index, "--max_epochs", 1)
+    call("train", *argv, "--top_k", 11, "--output", tmp_path / "none").refused("--top_k 11: expected at most 10")
+    assert call("train", *argv, "--top_k", 10, "--output", tmp_path / "run").code == 0
+    card = read_card(tmp_path / "run" / "final.safetensors")
+    assert card.training_patients == card.training_cases == ("case0005", "case0007")
 
 
 def test_an_index_of_another_checkpoint(call: Call, flags: tuple, data: Path, from_scratch: tuple, tmp_path: Path) -> None:

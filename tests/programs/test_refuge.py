@@ -59,7 +59,8 @@ def by_hand(model: Any, root: Path, name: str, size: int) -> dict[str, float]:
 
 def test_what_a_run_stores(trained: Path) -> None:
     card = read_card(trained / "final.safetensors")
-    assert (card.module, card.class_names, card.options) == ("sam_promptable", ("cup", "disc"), {"tune": "full", "channels": ["cup", "disc"]})
+    assert (card.module, card.class_names) == ("sam_promptable", ("cup", "disc"))
+    assert card.options == {"tune": "full", "channels": ["cup", "disc"], "prompt": "none"}
     assert (card.image_kind, card.dataset, card.img_size, card.window) == ("rgb", "REFUGE", 64, None)
     assert card.training_patients is not None
     assert len(card.training_patients) == 3
@@ -136,15 +137,29 @@ def test_clicks_are_named_as_taken_from_ground_truth(call: Callable[..., Any], r
     assert read_card(run / "final.safetensors").rank == 2
     scores = {}
     for name, flags in {"a": (), "b": (), "other": ("--seed", 7)}.items():
-        argv = ("--checkpoint", run / "final.safetensors", "--data", refuge, "--prompt", "click", "--device", "cpu", "-o", tmp_path / name)
-        found = call(SCRIPT, *argv, *flags)
+        argv = ("--checkpoint", run / "final.safetensors", "--data", refuge, "--device", "cpu", "-o", tmp_path / name)
+        found = call(SCRIPT, *argv, *flags)  # asked as it was trained
         assert found.code == 0, found.err
         results = json.loads((tmp_path / name / "metrics.json").read_text())
         assert "taken from ground truth" in results["settings"]["prompt"]
         assert "taken from ground truth" in found.out
         scores[name] = results["cases"]
+        assert (results["settings"]["trained_with_prompt"], results["settings"]["note"]) == ("click", None)
     assert scores["a"] == scores["b"]
     assert scores["a"] != scores["other"]
+    for prompt in ("none", "corner"):
+        argv = ("--checkpoint", run / "final.safetensors", "--data", refuge, "--device", "cpu", "-o", tmp_path / prompt, "--prompt", prompt)
+        found = call(SCRIPT, *argv)
+        assert found.code == 0, found.err
+        settings = json.loads((tmp_path / prompt / "metrics.json").read_text())["settings"]
+        assert "trained with click" in settings["note"]
+        assert settings["note"] in found.out
+        assert {"none": "no prompt", "corner": "a positive point in the corner"}[prompt] in settings["prompt"]
+    following = ("train", "--root_path", refuge, *TINY, "--rank", 2, "--max_epochs", 1, "--lora_ckpt", run / "final.safetensors")
+    found = call(*following, "--prompt", "corner", "--output", tmp_path / "on")  # how it was asked binds no training to come
+    assert found.code == 0, found.err
+    assert read_card(tmp_path / "on" / "final.safetensors").options["prompt"] == "corner"
+    assert "a positive point in the corner" in (tmp_path / "on" / "log.txt").read_text()
 
 
 def test_a_run_goes_on_as_if_nothing_had_happened(call: Callable[..., Any], refuge: Path, tmp_path: Path) -> None:
@@ -154,6 +169,12 @@ def test_a_run_goes_on_as_if_nothing_had_happened(call: Callable[..., Any], refu
     found = call("train", *argv, "--output", tmp_path / "parts", "--resume", "auto")
     assert found.code == 0, found.err
     assert (tmp_path / "whole" / "final.safetensors").read_bytes() == (tmp_path / "parts" / "final.safetensors").read_bytes()
+
+
+def test_a_diverging_run_names_what_helps_here(call: Callable[..., Any], refuge: Path, tmp_path: Path) -> None:
+    argv = ("--root_path", refuge, "--output", tmp_path / "run", *TINY, "--tune", "full", "--base_lr", 1e30, "--max_epochs", 3)
+    line = call("train", *argv).refused("lower --base_lr or give --grad_clip 1")
+    assert "--warmup" not in line  # which this data set refuses
 
 
 @pytest.mark.parametrize("tune", ["lora", "adapter"])
@@ -172,6 +193,8 @@ def test_every_way_of_tuning(call: Callable[..., Any], refuge: Path, tmp_path: P
         (("--target_classes", "cup"), ("--target_classes: nothing to --dataset REFUGE",)),
         (("--prompt_rounds", 1), ("--prompt_rounds: nothing",)),
         (("--warmup",), ("--warmup: nothing", "constant rate")),
+        (("--warmup_period", 100), ("--warmup_period: nothing", "constant rate")),
+        (("--warmup_period", 250), ("--warmup_period: nothing",)),  # the default of others, given
         (("--input_size", 64), ("--input_size: nothing",)),
         (("--list_dir", "lists"), ("--list_dir: nothing",)),
         (("--dice_param", 0.5), ("--dice_param",)),

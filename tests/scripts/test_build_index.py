@@ -104,6 +104,40 @@ def test_labels_go_the_way_of_training_and_are_counted_exactly(
             assert np.array_equal(fractions[i, value], (label == value).reshape(16, 4, 16, 4).mean(axis=(1, 3)))
 
 
+def test_the_working_folder_and_a_link(
+    prepared: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--checkpoint", checkpoint, "--root_path", prepared, "--output")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    code, out, err = run(capsys, *flags, tmp_path / "link")
+    assert (code, err) == (0, "")
+    monkeypatch.chdir(tmp_path / "here")
+    code, out, err = run(capsys, *flags, ".")
+    assert (code, err) == (0, "")
+    assert out.startswith(".: 9 slices")
+    assert SliceIndex.open(tmp_path / "here").names == SliceIndex.open(tmp_path / "there").names == tuple(NAMES)
+
+
+def test_slices_over_depth_count_as_many(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in prediction, a batch has as many images as one of single slices would have."""
+    from datasets.layout import find_data
+    from pgsam.engine import predict
+
+    monkeypatch.setattr(predict, "default_batch_size", lambda *_: 7)
+    sizes = {}
+    for depth in (1, 3, 9):
+        model = build_model(
+            "sam_adapter", vit_name="vit_tiny", img_size=64, num_classes=2, class_names=CLASSES, depth_slices=depth, verbose=False
+        ).eval()
+        model.card = ModelCard("sam_adapter", "vit_tiny", 64, 48, CLASSES, rank=None)
+        done: list[int] = []
+        folder = find_data(prepared, "train_npz", "train.txt")
+        build_index.index_folder(tmp_path / str(depth), folder, model, EncoderExtractor(model.image_encoder), progress=done.append)
+        sizes[depth] = max(done)
+    assert sizes == {1: 7, 3: 2, 9: 1}
+
+
 def test_a_list_takes_cases_and_single_slices_in_the_folders_order(
     prepared: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

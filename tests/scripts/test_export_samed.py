@@ -42,6 +42,10 @@ def test_what_has_no_such_layout_is_refused(tmp_path: Path, capsys: pytest.Captu
     release(tmp_path / "full.safetensors", SAMED, tune="full")
     assert export_samed.main(["--checkpoint", str(tmp_path / "full.safetensors"), "--output", str(tmp_path / "a.pth")]) == 2
     assert "tuned with LoRA" in capsys.readouterr().err
+    card = ModelCard(SAMED, "vit_tiny", 64, 64, ("class 1", "class 2"), options={"rag": {"heads": 4, "top_k": 5}})
+    save_release(tmp_path / "rag.safetensors", build_model(SAMED, vit_name="vit_tiny", img_size=64, num_classes=2, verbose=False), card)
+    assert export_samed.main(["--checkpoint", str(tmp_path / "rag.safetensors"), "--output", str(tmp_path / "a.pth")]) == 2
+    assert "has a memory" in capsys.readouterr().err
     release(tmp_path / "final.safetensors", SAMED)
     (tmp_path / "a.pth").write_bytes(b"mine")
     assert export_samed.main(["--checkpoint", str(tmp_path / "final.safetensors"), "--output", str(tmp_path / "a.pth")]) == 2

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 import test as test_program
+from pgsam.retrieval.index import Hits, SliceIndex
 from pgsam.sam.weights import sha256_of
 from scripts import build_index, test_rag
 from tests.retrieval_data import TEST, save_model, write_data
@@ -50,6 +52,7 @@ def tune(place: Path, folder: Path, **changed: Any) -> Path:
         (folder / file.name).symlink_to(file)
     chosen = {"weight": 2.0, "temperature": 0.02, "top_k": 2, "spatial": None}
     said = {"format": 1, "checkpoint_sha256": sha256_of(place / "model.safetensors"), "how": "val_list", "biased": False, "patients": ["zoe"]}
+    said.update(cases=["case0009"], index_identity=SliceIndex.open(place / "index").identity)
     (folder / "tuned.json").write_text(json.dumps({**said, "chosen": chosen, **changed}))
     return folder
 
@@ -118,14 +121,90 @@ def test_pictures_without_the_slices(place: Path, run: Run, tmp_path: Path) -> N
     assert pictures[0][tile, 110:].sum() > pictures[1][tile, 110:].sum() > 0
 
 
+@pytest.mark.parametrize("damage", ["labels", "bytes"])
+def test_pictures_show_what_the_index_knows(place: Path, run: Run, tmp_path: Path, damage: str) -> None:
+    """Where a slice's file is another than the one that was indexed, or damaged, as where there is none."""
+    argv = ("--index", place / "index", "--rag_weight", 1, "--rag_temperature", 0.1, "--top_k", 1)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "other").mkdir()
+    for file in (place / "data" / "train_npz").iterdir():
+        with np.load(file) as arrays:
+            labels = arrays["label"].copy()
+            labels[:8, :8] = 1
+            np.savez(tmp_path / "other" / file.name, image=arrays["image"], label=labels)
+        if damage == "bytes":
+            (tmp_path / "other" / file.name).write_bytes(file.read_bytes()[:200])
+    for name in ("nothing", "other"):
+        assert run(test_rag.main, tmp_path / "out" / name, *argv, "--slices", tmp_path / name)[0] == 0
+    pictures = [(tmp_path / "out" / name / "neighbours" / "case0005.png").read_bytes() for name in ("nothing", "other")]
+    assert pictures[0] == pictures[1]
+
+
+def test_weight_0_alone_needs_neither_tuning_nor_neighbours(place: Path, run: Run, tmp_path: Path) -> None:
+    code, *_ = run(test_rag.main, tmp_path / "rag", "--index", place / "index", "--rag_weight", 0, "--top_k", 400)
+    assert code == 0
+    rag = results(tmp_path / "rag")
+    assert rag["cases"] == rag["without_retrieval"]["cases"]
+    assert (tmp_path / "rag" / "neighbours" / "case0006.png").is_file()
+
+
+@pytest.mark.parametrize("on", [{"patients": ["dan"]}, {"cases": ["case0005"]}, {"patients": ["case0005"]}])
+def test_settings_tuned_on_the_tested_are_refused(place: Path, run: Run, tmp_path: Path, on: dict[str, Any]) -> None:
+    index = tune(place, tmp_path / "index", **on)
+    code, _, err = run(test_rag.main, tmp_path / "rag", "--index", index)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "1 of the 2 tested cases are among those that the settings were tuned on (case0005)" in err
+    assert not (tmp_path / "rag").exists()
+    code, out, _ = run(test_rag.main, tmp_path / "rag", "--index", index, "--allow_overlap")
+    assert code == 0
+    assert any("tuned on (case0005)" in note for note in results(tmp_path / "rag")["settings"]["notes"])
+    assert "NOTE: 1 of the 2 tested cases are among those that the settings were tuned on (case0005)" in out
+
+
+def test_a_patient_under_the_indexs_key(place: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tested case is in the index, where its patient has another key than in the manifest of the volumes."""
+    neighbours: set[str] = set()
+    asked: list[Any] = []
+    nearest = SliceIndex.nearest
+
+    def watched(self: SliceIndex, *query: Any) -> Hits:
+        asked.append(query)
+        hits = nearest(self, *query)
+        neighbours.update(self.patients[i] for i in hits.indices.flatten().tolist())
+        return hits
+
+    monkeypatch.setattr(SliceIndex, "nearest", watched)
+    data = tmp_path / "data"
+    (data / "lists").mkdir(parents=True)
+    shutil.copytree(place / "data" / "test_vol_h5", data / "test_vol_h5")
+    (data / "test_vol_h5" / "case0006.npy.h5").rename(data / "test_vol_h5" / "case0003.npy.h5")
+    (data / "lists" / "test_vol.txt").write_text("case0003\n")
+    index = tune(place, tmp_path / "index", patients=["bob"])
+    code, _, err = run(test_rag.main, tmp_path / "rag", "--index", index, "--volume_path", data)
+    assert code == 2
+    assert "tuned on (case0003)" in err
+    given = ("--rag_weight", 1, "--rag_temperature", 1, "--top_k", 13, "--rag_spatial", "none")
+    code, _, err = run(test_rag.main, tmp_path / "rag", "--index", index, "--volume_path", data, *given)
+    assert code == 2
+    assert "--top_k 13: expected at most 12" in err
+    assert not asked  # found before anything is segmented
+    code, out, _ = run(test_rag.main, tmp_path / "rag", "--index", index, "--volume_path", data, *given, "--top_k", 12)
+    assert code == 0
+    assert "1 of the tested patients are in the index too (case0003)" in out
+    assert neighbours == {"ann", "cleo"}
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         ((), "scripts/tune_rag.py"),
-        (("--rag_weight", "-1", "--rag_temperature", "1"), "--rag_weight -1: expected a number of at least 0"),
+        (("--rag_weight", "-1", "--rag_temperature", "1"), "--rag_weight -1: expected a number from 0 to 1000"),
         (("--rag_weight", "nan", "--rag_temperature", "1"), "--rag_weight nan"),
-        (("--rag_weight", "1", "--rag_temperature", "0"), "--rag_temperature 0: expected a number above 0"),
-        (("--rag_weight", "1", "--rag_temperature", "1", "--rag_spatial", "0"), "--rag_spatial 0: expected a number above 0"),
+        (("--rag_weight", "1", "--rag_temperature", "0"), "--rag_temperature 0: expected a number from 0.001 to 1000"),
+        (("--rag_weight", "1", "--rag_temperature", "1", "--rag_spatial", "0"), "--rag_spatial 0: expected a number from 0.001 to 1000"),
+        (("--rag_weight", "1001", "--rag_temperature", "1"), "--rag_weight 1001: expected a number from 0 to 1000"),
+        (("--rag_weight", "1", "--rag_temperature", "1e-4"), "--rag_temperature 0.0001: expected a number from 0.001 to 1000"),
+        (("--rag_weight", "1", "--rag_temperature", "1", "--rag_spatial", "far"), "a number of tokens or none"),
         (("--rag_weight", "1", "--rag_temperature", "1", "--top_k", "0"), "--top_k 0: expected a number of at least 1"),
         (("--rag_weight", "1", "--rag_temperature", "1", "--top_k", "13"), "holds 16 slices, 4 of them of the query's own patient bob"),
         (("--rag_weight", "1", "--rag_temperature", "1", "--slices", "absent"), "absent: expected the folder of the index' slices"),

@@ -1,12 +1,16 @@
 """scripts/tune_rag.py in whole runs: whom it scores by what, what it writes, and what it refuses."""
 
+import argparse
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from datasets.layout import find_data
 from pgsam.engine import tune_retrieval
 from pgsam.sam.weights import sha256_of
 from scripts import build_index, tune_rag
@@ -71,6 +75,67 @@ def test_every_case_of_the_training_may_be_given(place: Path, tune: Tune) -> Non
     (place / "val.txt").write_text("".join(f"{case}\n" for case in TRAIN))
     assert tune("--val_list", place / "val.txt", *SMALL)[0] == 0
     assert tuned(place)["seen_patients"] == ["ann", "cleo"]
+
+
+@pytest.mark.parametrize("card", [{"training_cases": ("case0007",)}, {"training_patients": ("P-7",), "training_cases": ("elsewhere", "case0007")}])
+def test_cases_of_the_training_are_known_under_another_manifest(place: Path, tune: Tune, card: dict[str, Any]) -> None:
+    save_model(place / "model.safetensors", **card)
+    code, out, _ = tune("--val_list", place / "val.txt", *SMALL)
+    assert code == 0
+    assert "WARNING: 1 of the 2 validation patients were in the training data (case0007)" in out
+    assert (tuned(place)["biased"], tuned(place)["seen_patients"]) == (True, ["case0007"])
+
+
+def test_the_index_knows_patients_of_the_training_too(place: Path, tune: Tune) -> None:
+    """ann's cases, without a manifest of the slices to score: the index has them as ann's."""
+    save_model(place / "model.safetensors", training_patients=("ann",))
+    (place / "val.txt").write_text("case0001\n")
+    (place / "data" / "manifest.json").unlink()
+    code, out, _ = tune("--val_list", place / "val.txt", *SMALL)
+    assert code == 0
+    assert "were in the training data (case0001)" in out
+
+
+def test_a_case_of_the_training_tells_its_patient(place: Path) -> None:
+    """Whose other cases were seen too; by the folder's manifest, since the index has none of them."""
+    index = argparse.Namespace(patients_of=lambda _case: set())
+    card = argparse.Namespace(training_cases=("case0001",), training_patients=())
+    folder = find_data(place / "data", "train_npz", "train.txt")
+    assert tune_rag.seen_cases(folder, list(TRAIN), card, index) == ["case0001", "case0002"]
+
+
+def test_folds_know_cases_of_the_training(place: Path, tune: Tune) -> None:
+    fold = save_model(place / "fold.safetensors", training_patients=("P-1",), training_cases=("case0001",))
+    code, _, err = tune("--folds", fold, *SMALL)  # ann has case0002 too
+    assert code == 2
+    assert "every checkpoint was trained on ann (1 patients)" in err
+
+
+def test_a_fold_that_is_ended_leaves_nothing(place: Path, tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SIGTERM while its index lies beside the index."""
+    fold, there = save_model(place / "fold.safetensors", seed=5, training_patients=()), set(place.iterdir())
+    seen: list[set[Path]] = []
+
+    def killed(*_: object) -> None:
+        seen.append(set(place.iterdir()) - there)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(tune_retrieval, "score_case", killed)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        tune("--folds", fold, *SMALL)
+    assert ended.value.code == 143
+    assert [len(new) for new in seen] == [1]
+    assert set(place.iterdir()) == {*there, fold}
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_too_few_slices_are_found_before_anything_is_scored(place: Path, tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_retrieval, "score_case", lambda *_: pytest.fail("scored"))
+    (place / "val.txt").write_text("case0007\ncase0001\n")
+    code, _, err = tune("--val_list", place / "val.txt", "--top_k", 9)
+    assert code == 2
+    assert "--top_k 9: expected at most 8" in err
 
 
 def test_a_checkpoint_that_does_not_know_its_patients(place: Path, tune: Tune) -> None:
@@ -144,8 +209,11 @@ def test_folds_that_cannot_be(place: Path, tune: Tune, card: dict[str, Any], sai
         (("--val_list", "val.txt", "--folds", "x.safetensors"), "either --val_list"),
         (("--val_list", "absent.txt"), "absent.txt: expected a list of cases"),
         (("--val_list", "val.txt", "--weights", "0"), "--weights 0: expected a weight to compare with none"),
-        (("--val_list", "val.txt", "--weights", "-1"), "--weights -1: expected numbers of at least 0"),
-        (("--val_list", "val.txt", "--temperatures", "0"), "--temperatures 0: expected numbers above 0"),
+        (("--val_list", "val.txt", "--weights", "-1"), "--weights -1: expected a number from 0 to 1000"),
+        (("--val_list", "val.txt", "--weights", "1001"), "--weights 1001: expected a number from 0 to 1000"),
+        (("--val_list", "val.txt", "--temperatures", "1e-4"), "--temperatures 0.0001: expected a number from 0.001 to 1000"),
+        (("--val_list", "val.txt", "--spatial", "1e-4"), "--spatial 0.0001: expected a number from 0.001 to 1000"),
+        (("--val_list", "val.txt", "--temperatures", "0"), "--temperatures 0: expected a number from 0.001 to 1000"),
         (("--val_list", "val.txt", "--temperatures", "inf"), "--temperatures inf"),
         (("--val_list", "val.txt", "--top_k", "17"), "--top_k 17: expected at most 16"),
         (("--val_list", "val.txt", "--spatial", "far"), "a number of tokens or none"),

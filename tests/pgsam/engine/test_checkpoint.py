@@ -417,6 +417,34 @@ def test_other_runs_are_refused(release: Path, change: dict, options: dict, word
     assert same(model.state_dict(), before)
 
 
+@pytest.mark.parametrize(
+    ("module", "one", "other", "words"),
+    [
+        ("sam_adapter", {}, {"depth_slices": 1}, None),
+        ("sam_adapter", {"adapter_start": "published"}, {}, None),
+        ("sam_adapter", {"adapter_start": "zero"}, {"adapter_start": "published", "depth_slices": None}, None),
+        ("sam_promptable", {"tune": "lora", "prompt": "click", "channels": ["cup"]}, {"prompt": "none", "channels": ("cup",)}, None),
+        (SAMED, {"tune": "full"}, {}, "expected tune lora as in this run, found full"),
+        ("sam_promptable", {"channels": ["cup"]}, {}, r"expected channels None as in this run, found \['cup'\]"),
+        ("pg_sam", {"aligner": "none", "refine_steps": 2}, {"aligner": "none"}, "expected refine_steps 3 as in this run, found 2"),
+        ("pg_sam", {"aligner": "none", "text_lora": 0, "slice_text": False}, {"aligner": "none", "fusion": "gated"}, None),
+    ],
+)
+def test_options_that_mean_the_same_are_the_same(tmp_path: Path, module: str, one: dict, other: dict, words: str | None) -> None:
+    """What a card leaves out is the default; how adapters started and how a model was asked say nothing of its tensors."""
+    path, rank = tmp_path / "model.safetensors", None if module == "sam_adapter" else 4
+    settings = {name: value for name, value in one.items() if name not in ("prompt", "text_lora")}
+    model = build(module, **settings)
+    base = dataclasses.replace(CARD, module=module, rank=rank)
+    save_release(path, model, dataclasses.replace(base, options=one))
+    card = dataclasses.replace(base, options=other)
+    if words is None:
+        start_from(model, path, card)
+        return
+    with pytest.raises(UserError, match=words):
+        start_from(model, path, card)
+
+
 def test_a_misshapen_tensor_to_start_from(release: Path) -> None:
     rewrite(release, lambda state: state | {"mask_decoder.iou_token.weight": torch.zeros(2, 128)})
     with pytest.raises(UserError, match=r"1 tensors are of another shape: mask_decoder\.iou_token\.weight"):

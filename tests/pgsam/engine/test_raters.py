@@ -45,7 +45,7 @@ def test_without_a_prompt_nothing_is_told() -> None:
     (images,), told = RaterObjective("none", 0, CPU).inputs(batch_of(torch.ones(2, 2, 32, 32)))
     assert images.shape == (2, 3, 32, 32)
     assert told == {}
-    with pytest.raises(ValueError, match="none, click"):
+    with pytest.raises(ValueError, match="none, click, corner"):
         RaterObjective("box", 0, CPU)
 
 
@@ -74,6 +74,14 @@ def test_clicks_as_points() -> None:
     assert places[0].tolist() == [[9.0, 5.0]]
     assert labels.tolist() == [[1], [-1]]
     assert pixel_points([None], CPU)[1].tolist() == [[-1]]
+
+
+def test_the_published_prompt_is_a_positive_point_in_the_corner() -> None:
+    """Of every picture, whatever was drawn."""
+    for target in (torch.zeros(3, 2, 32, 32), torch.ones(3, 2, 32, 32)):
+        _, told = RaterObjective("corner", 3, CPU).inputs(batch_of(target))
+        assert told["points"][0].tolist() == [[[0.0, 0.0]]] * 3
+        assert told["points"][1].tolist() == [[1]] * 3
 
 
 def test_a_click_depends_on_seed_epoch_and_picture_only() -> None:
@@ -112,7 +120,7 @@ def test_a_model_of_channels_is_no_backbone_of_one_shot_methods() -> None:
         promptable_backbone(build_promptable("vit_tiny", 32, CHANNELS, channels=CHANNELS))
 
 
-@pytest.mark.parametrize("prompt", ["none", "click"])
+@pytest.mark.parametrize("prompt", ["none", "click", "corner"])
 def test_a_channel_is_trained_by_its_own_target(prompt: str) -> None:
     """The hypernetwork of token 0 gets no gradient from the disc's target alone, nor token 1's from the cup's; tokens 2 and 3 never get any."""
     torch.manual_seed(0)

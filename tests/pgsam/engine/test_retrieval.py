@@ -177,6 +177,23 @@ def test_a_copy_of_the_own_patient_changes_nothing(tmp_path: Path) -> None:
     assert not torch.equal(logits(slices.index(tmp_path / "other", model)), without)
 
 
+@pytest.mark.parametrize("query_case", ["copy", "copy2"])
+def test_a_copy_of_the_own_patient_under_another_key_changes_nothing(tmp_path: Path, query_case: str) -> None:
+    """The index has another manifest: the patient has another key there, and the same cases, of which the other one stays out too."""
+    model, slices = make_model(), Slices()
+    image, labels = make_case("case0005")
+    settings = {"weight": 100.0, "temperature": 1e-3, "top_k": 1}
+
+    def logits(index: SliceIndex) -> Tensor:
+        with torch.inference_mode():
+            return retriever(model, index, **settings).respond_for("dan", query_case)(model, query(), {})
+
+    without = logits(slices.index(tmp_path / "without", model))
+    slices.add("copy_slice000", "P-0001", image[2], labels[2])
+    slices.add("copy2_slice000", "P-0001", image[1], labels[1])
+    assert torch.equal(logits(slices.index(tmp_path / "own", model)), without)
+
+
 def test_watched_slices_are_found_by_their_number_in_the_volume(tmp_path: Path) -> None:
     model, slices = make_model(), Slices(["case0003"])
     respond = retriever(model, slices.index(tmp_path / "index", model), top_k=1).respond_for(None, watch=[1, 3])
@@ -253,6 +270,9 @@ def test_the_hook_is_gone_afterwards() -> None:
 # --- settings ---------------------------------------------------------------------------------------------------------------------------------
 
 
+IDENTITY = "index by rule"
+
+
 def flags(checkpoint: Path, index: Path, **given: Any) -> argparse.Namespace:
     nothing = dict.fromkeys(("rag_weight", "rag_temperature", "top_k", "rag_spatial"))
     return argparse.Namespace(**{**nothing, "checkpoint": checkpoint, "index": index, **given})
@@ -264,6 +284,7 @@ def tuned(tmp_path: Path) -> Path:
     checkpoint = save_model(tmp_path / "model.safetensors")
     chosen = {"weight": 0.3, "temperature": 0.02, "top_k": 7, "spatial": 2.0}
     said = {"format": 1, "checkpoint_sha256": sha256_of(checkpoint), "how": "val_list", "biased": False, "patients": ["zoe"], "chosen": chosen}
+    said.update(cases=["case0009"], index_identity=IDENTITY)
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "tuned.json").write_text(json.dumps(said))
     return checkpoint
@@ -271,49 +292,116 @@ def tuned(tmp_path: Path) -> Path:
 
 def test_tuned_settings_are_taken_and_flags_go_before_them(tuned: Path) -> None:
     index, model = tuned.parent / "index", make_model()
-    settings, source = choose_settings(flags(tuned, index), model)
+    settings, source = choose_settings(flags(tuned, index), model, IDENTITY)
     assert settings == RagSettings(0.3, 0.02, 7, 2.0)
-    assert source["tuned"] == {"how": "val_list", "biased": False, "patients": ["zoe"]}
-    settings, source = choose_settings(flags(tuned, index, rag_weight=1.0), model)
+    assert source["tuned"] == {"how": "val_list", "biased": False, "patients": ["zoe"], "cases": ["case0009"]}
+    settings, source = choose_settings(flags(tuned, index, rag_weight=1.0), model, IDENTITY)
     assert settings == RagSettings(1.0, 0.02, 7, 2.0)
     assert source["given"] == ["weight"]
 
 
 def test_weight_and_temperature_need_no_tuning(tmp_path: Path) -> None:
-    settings, _ = choose_settings(flags(tmp_path / "absent", tmp_path, rag_weight=0.0, rag_temperature=0.1), make_model())
+    settings, _ = choose_settings(flags(tmp_path / "absent", tmp_path, rag_weight=0.0, rag_temperature=0.1), make_model(), IDENTITY)
     assert settings == RagSettings(0.0, 0.1, 5, None)
 
 
 def test_a_trained_memory_has_its_own_settings(tmp_path: Path) -> None:
     model = make_model(options={"rag": {"top_k": 3}})
     model.rag = MemoryAttention(EncoderExtractor(model.image_encoder).dim, len(CLASSES))
-    alone, _ = choose_settings(flags(tmp_path / "m", tmp_path), model)
+    alone, _ = choose_settings(flags(tmp_path / "m", tmp_path), model, IDENTITY)
     assert (alone.weight, alone.top_k) == (0.0, 3)
-    assert choose_settings(flags(tmp_path / "m", tmp_path, top_k=2), model)[0].top_k == 2
-    assert choose_settings(flags(tmp_path / "m", tmp_path, rag_weight=1.0, rag_temperature=0.1), model)[0] == RagSettings(1.0, 0.1, 3)
+    assert choose_settings(flags(tmp_path / "m", tmp_path, top_k=2), model, IDENTITY)[0].top_k == 2
+    assert choose_settings(flags(tmp_path / "m", tmp_path, rag_weight=1.0, rag_temperature=0.1), model, IDENTITY)[0] == RagSettings(1.0, 0.1, 3)
     with pytest.raises(UserError, match="takes both --rag_weight and --rag_temperature"):
-        choose_settings(flags(tmp_path / "m", tmp_path, rag_weight=1.0), model)
+        choose_settings(flags(tmp_path / "m", tmp_path, rag_weight=1.0), model, IDENTITY)
 
 
 def test_settings_that_nobody_chose_are_refused(tuned: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tune_rag\.py"):
-        choose_settings(flags(tuned, tmp_path / "elsewhere", rag_weight=1.0), make_model())
+        choose_settings(flags(tuned, tmp_path / "elsewhere", rag_weight=1.0), make_model(), IDENTITY)
     other = save_model(tmp_path / "other.safetensors", seed=1)
     with pytest.raises(UserError, match=r"was tuned for the checkpoint with sha256"):
-        choose_settings(flags(other, tuned.parent / "index"), make_model())
+        choose_settings(flags(other, tuned.parent / "index"), make_model(), IDENTITY)
 
 
-UNLIKELY = (
-    '{"format": 1, "checkpoint_sha256": "", "how": "", "biased": false, "patients": [], '
-    '"chosen": {"weight": -1, "temperature": 0.1, "top_k": 5, "spatial": null}}'
-)
-
-
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"format": 2}', '{"format": 1, "chosen": {"weight": 1}}', UNLIKELY])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "1", '{"format": 2}', '{"format": 1, "chosen": {"weight": 1}}', '{"format": 1, "chosen": [1]}'])
 def test_damaged_tuning_is_refused(tuned: Path, text: str) -> None:
     (tuned.parent / "index" / "tuned.json").write_text(text)
     with pytest.raises(UserError, match=r"tuned\.json: expected what scripts/tune_rag\.py writes"):
-        choose_settings(flags(tuned, tuned.parent / "index"), make_model())
+        choose_settings(flags(tuned, tuned.parent / "index"), make_model(), IDENTITY)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"weight": -1},
+        {"weight": 1e9},
+        {"weight": True},
+        {"weight": "2"},
+        {"weight": float("nan")},
+        {"temperature": 0},
+        {"temperature": 1e-9},
+        {"top_k": 2.0},
+        {"top_k": 0},
+        {"top_k": True},
+        {"spatial": 0},
+        {"spatial": "none"},
+    ],
+)
+def test_tuned_values_of_another_kind_are_refused(tuned: Path, changed: dict[str, Any]) -> None:
+    path = tuned.parent / "index" / "tuned.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "chosen": {**said["chosen"], **changed}}))
+    with pytest.raises(UserError, match=r"tuned\.json: expected what scripts/tune_rag\.py writes"):
+        choose_settings(flags(tuned, tuned.parent / "index"), make_model(), IDENTITY)
+
+
+def test_settings_tuned_on_another_index_are_refused(tuned: Path) -> None:
+    index = tuned.parent / "index"
+    with pytest.raises(UserError, match=r"was tuned for the index with sha256 index by rul.* has another ind"):
+        choose_settings(flags(tuned, index), make_model(), "another index")
+    by_hand = flags(tuned, index, rag_weight=1.0, rag_temperature=0.1)
+    assert choose_settings(by_hand, make_model(), "another index")[0] == RagSettings(1.0, 0.1, 5, None)
+
+
+def test_what_is_not_given_is_as_tuned(tuned: Path) -> None:
+    """Of weight and temperature both by hand too; `none` is given."""
+    index, both = tuned.parent / "index", {"rag_weight": 1.0, "rag_temperature": 0.1}
+    settings, source = choose_settings(flags(tuned, index, **both), make_model(), IDENTITY)
+    assert settings == RagSettings(1.0, 0.1, 7, 2.0)
+    assert source["given"] == ["temperature", "weight"]
+    assert choose_settings(flags(tuned, index, **both, rag_spatial="none"), make_model(), IDENTITY)[0] == RagSettings(1.0, 0.1, 7, None)
+    assert choose_settings(flags(tuned, index, rag_spatial="none"), make_model(), IDENTITY)[0] == RagSettings(0.3, 0.02, 7, None)
+
+
+def test_no_weight_needs_no_tuning(tmp_path: Path) -> None:
+    """Nor is it an error of a checkpoint with a memory, which then recalls as in training."""
+    model = make_model(options={"rag": {"top_k": 3}})
+    assert choose_settings(flags(tmp_path / "absent", tmp_path, rag_weight=0.0), model, IDENTITY)[0].weight == 0
+    model.rag = MemoryAttention(EncoderExtractor(model.image_encoder).dim, len(CLASSES))
+    settings, _ = choose_settings(flags(tmp_path / "absent", tmp_path, rag_weight=0.0), model, IDENTITY)
+    assert (settings.weight, settings.top_k) == (0, 3)
+
+
+@torch.inference_mode()
+def test_no_weight_needs_no_neighbours(tmp_path: Path) -> None:
+    """bob's own slices are all there is; of anybody else's query all four are drawn."""
+    model = make_model()
+    found = retriever(model, Slices(["case0003"]).index(tmp_path / "index", model), weight=0.0, top_k=99)
+    own = found.respond_for("bob", watch=[0])
+    assert torch.equal(own(model, query(), {}), model(query())["masks"])
+    assert own.found == {}
+    other = found.respond_for("dan", watch=[0])
+    other(model, query(), {})
+    assert len(other.found[0].indices) == 4
+
+
+def test_what_is_by_hand_is_said() -> None:
+    said = {"top_k": 5, "slices": 10, "patients": 2, "weight": 0.1, "temperature": 0.1, "spatial": None, "settings_from": "tuned.json"}
+    notes = notes_on_retrieval({**said, "tuned": {"biased": True}, "given": ["top_k", "weight"]})
+    assert notes[0].endswith("(tuned.json; by hand: top_k, weight)")
+    assert not any("biased" in note for note in notes)
+    assert any("biased" in note for note in notes_on_retrieval({**said, "tuned": {"biased": True}, "given": ["top_k"]}))
 
 
 def test_results_say_that_a_weight_is_biased() -> None:

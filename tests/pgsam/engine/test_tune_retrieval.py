@@ -101,12 +101,12 @@ def test_the_patients_own_slices_stay_out(opened: tuple[SliceModel, Retriever, D
     _, retriever, folder = opened
     grid, case = Grid(weights=(5.0,), temperatures=(0.01,), top_ks=(1,)), held(folder, "case0006")
     own = [z for z, patient in enumerate(retriever.index.patients) if patient == "bob"]
-    asked: list[str | None] = []
+    asked: list[tuple[str | None, str | None]] = []
     nearest = retriever.index.nearest
 
-    def watched(vectors, k, patient):
-        hits = nearest(vectors, k, patient)
-        asked.append(patient)
+    def watched(vectors, k, patient, case):
+        hits = nearest(vectors, k, patient, case)
+        asked.append((patient, case))
         assert not set(hits.indices.flatten().tolist()) & set(own)
         return hits
 
@@ -115,7 +115,7 @@ def test_the_patients_own_slices_stay_out(opened: tuple[SliceModel, Retriever, D
         score_folds([Fold("model", retriever, (case,))], grid, folder.patient_of, say=lambda _line: None)
     finally:
         del retriever.index.nearest
-    assert set(asked) == {"bob"}
+    assert set(asked) == {("bob", "case0006")}
 
 
 def test_what_is_written(tmp_path: Path) -> None:

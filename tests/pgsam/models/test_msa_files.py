@@ -1,6 +1,7 @@
 """Medical-SAM-Adapter's files: the forward pass against its description put together from segment_anything's classes, and what is refused."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from segment_anything.modeling.image_encoder import Block, ImageEncoderViT, wind
 from torch import nn
 
 import infer_demo
+from datasets.refuge import to_input
 from pgsam import load_model
 from pgsam.engine.checkpoint import read_card, save_release
 from pgsam.engine.oneshot import read_backbone
+from pgsam.engine.validate_raters import answer_rated
 from pgsam.errors import UserError
 from scripts import test_refuge
+from tests.refuge_layout import make_refuge
 
 DIM, DEPTH, HEADS, WINDOW, WIDTH = 160, 6, 5, 7, 128  # vit_tiny's
 
@@ -205,13 +209,13 @@ def test_a_file_with_sams_names_of_the_relative_positions_keeps_them(tmp_path: P
 
 
 def test_our_file_of_it_needs_no_other(adapters: Path, sam_file: Path, tmp_path: Path) -> None:
-    model = quiet(adapters, img_size=64, ckpt=sam_file, channels=("cup",))
+    model = quiet(adapters, img_size=64, ckpt=sam_file)
     save_release(tmp_path / "cup.safetensors", model, model.card)
     again = quiet(tmp_path / "cup.safetensors")
-    images, _ = batch(64)
+    images, points = batch(64)
     with torch.no_grad():
-        assert torch.equal(again(images)["masks"], model(images)["masks"])
-    assert again.channels == ("cup",)
+        assert torch.equal(again(images, points)["masks"], model(images, points)["masks"])
+    assert again.channels is None
     assert (again.card.img_size, again.card.input_size, again.card.image_kind) == (64, 64, "rgb")
 
 
@@ -227,11 +231,19 @@ def test_one_shot_methods_take_it(whole: Path, adapters: Path, sam_file: Path) -
             assert torch.equal(backbone.image_encoder(inputs), model.encode(images))
 
 
-def test_what_is_taken_is_said(adapters: Path, sam_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    load_model(adapters, img_size=128, ckpt=sam_file, channels=("cup",), device="cpu")
+def test_what_is_taken_is_said(adapters: Path, whole: Path, sam_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_model(whole, img_size=128, channels=("cup",), device="cpu")
+    assert "channels cup" in capsys.readouterr().out
+    load_model(adapters, img_size=128, ckpt=sam_file, device="cpu")
     line = capsys.readouterr().out.strip()
     assert len(line.splitlines()) == 1
-    for part in ("OpticCup_Fundus_SAM_1024.pth", "relative positions, which are zero", "24 tensors of depth adapters", "img_size 128", "cup"):
+    for part in (
+        "OpticCup_Fundus_SAM_1024.pth",
+        "relative positions, which are zero",
+        "24 tensors of depth adapters",
+        "img_size 128",
+        "SAM (one mask a prompt)",
+    ):
         assert part in line
 
 
@@ -251,6 +263,20 @@ def test_adapters_alone_ask_for_their_sam_file(adapters: Path) -> None:
         quiet(adapters, img_size=64)
 
 
+def test_adapters_alone_have_no_decoder_of_channels(adapters: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SAM's own mask tokens know neither cup nor disc."""
+    for base in (None, sam_file):
+        with pytest.raises(
+            UserError, match=r"SAM_1024.pth: holds adapters only, .* SAM's own, which was never trained for cup and disc; give the whole"
+        ):
+            quiet(adapters, img_size=64, ckpt=base, channels=("cup", "disc"))
+    make_refuge(tmp_path / "data", training=1, test=1)
+    argv = ["--checkpoint", str(adapters), "--img_size", "64", "--ckpt", str(sam_file), "--data", str(tmp_path / "data"), "-o", str(tmp_path / "out")]
+    assert test_refuge.main([*argv, "--device", "cpu"]) == 2
+    assert "never trained for cup and disc" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def _without(state: dict[str, Any], ending: str) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not name.endswith(ending)}
 
@@ -264,6 +290,9 @@ def _without(state: dict[str, Any], ending: str) -> dict[str, Any]:
         (lambda s: {**s, "image_encoder.neck.1.bias": torch.zeros(3)}, "1 are of another shape: image_encoder.neck.1.bias"),
         (lambda s: {**s, "mask_decoder.mask_tokens.weight": torch.zeros(6, WIDTH)}, "SAM's 4 mask tokens, found 6"),
         (lambda s: {n: v for n, v in s.items() if ".blocks.5." not in n}, "found 5 blocks of"),
+        (lambda s: {**s, "image_encoder.blocks.0.Space_Adapter.D_fc1.weight": torch.tensor(1.0)}, "single numbers: image_encoder.blocks.0.Space_"),
+        (lambda s: {**s, "mask_decoder.mask_tokens.weight": torch.tensor(4)}, "single numbers: mask_decoder.mask_tokens.weight"),
+        (lambda s: {**s, "image_encoder.pos_embed": torch.tensor(4)}, "single numbers: image_encoder.pos_embed"),
     ],
 )
 def test_a_damaged_file_is_refused(damage: Callable[[dict], dict], message: str, theirs: TheirModel, tmp_path: Path) -> None:
@@ -319,6 +348,22 @@ def test_the_program_for_raters_takes_its_files(whole: Path, tmp_path: Path, cap
     assert "expected a multiple of 16" in capsys.readouterr().err
     assert test_refuge.main([*argv, "--img_size", "128"]) == 0, capsys.readouterr().err
     assert {"DICE_CUP", "DICE_DISC"} <= set((tmp_path / "out" / "metrics.csv").read_text().splitlines()[0].split(","))
+    results = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert results["settings"]["prompt"] == "a positive point in the corner, (0, 0), of every picture"  # as published
+    # The same by hand, of the model as it is described: bilinear 128 x 128, cut at five thresholds.
+    model, reference = quiet(whole, img_size=128, channels=("cup", "disc")), TheirModel(128)
+    image = to_input(np.asarray(Image.open(picture / "T0001.jpg")), 128)[None]
+    with torch.no_grad():
+        expected = reference(image, (torch.zeros(1, 1, 2), torch.ones(1, 1)))[:, :2]
+        _, answer = next(answer_rated(model, tmp_path / "data" / "Test-400", ["T0001"], prompt="corner"))
+        nothing = reference(image, None)[:, :2]
+    size = (128, 128)
+    by_hand, other = (F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].sigmoid().numpy() for logits in (expected, nothing))
+    np.testing.assert_allclose(answer.probability, by_hand, atol=5e-4)
+    assert np.abs(other - by_hand).max() > 0.01  # a prompt matters
+    assert test_refuge.main([*argv[:5], str(tmp_path / "none"), "--img_size", "128", "--prompt", "none", "--device", "cpu"]) == 0
+    results = json.loads((tmp_path / "none" / "metrics.json").read_text())
+    assert (results["settings"]["prompt"], results["settings"]["note"]) == ("no prompt", None)  # how it was trained is not known
 
 
 def test_programs_for_classes_say_what_else_to_use(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,7 +177,7 @@ def test_a_run_starts_from_a_file_of_its_kind(sam_file: Path, tmp_path: Path) ->
     start_from(fresh, path, card_of("sam_adapter", DEPTH, sam_file))
     with torch.no_grad():
         assert torch.equal(fresh(images(1, 3))["masks"], model(images(1, 3))["masks"])
-    with pytest.raises(UserError, match="expected options"):
+    with pytest.raises(UserError, match="expected depth_slices 1 as in this run, found 3"):
         start_from(tiny(ckpt=sam_file), path, card_of("sam_adapter", {}, sam_file))
 
 

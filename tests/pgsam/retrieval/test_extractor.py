@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from pgsam.errors import UserError
 from pgsam.models.promptable import build_promptable, promptable_backbone
+from pgsam.models.sam_adapter import build_sam_adapter
 from pgsam.models.samed import build_samed
 from pgsam.retrieval.extractor import DinoExtractor, EncoderExtractor, global_vectors
 from pgsam.sam.build import build_image_encoder
@@ -82,6 +83,29 @@ def test_an_identity_follows_the_weights_and_not_the_merging_of_lora() -> None:
     with torch.no_grad():
         model.image_encoder.blocks[0].attn.qkv.lora_b["q"][0, 0] += 1e-3  # type: ignore[union-attr, index, operator]
     assert extractor.identity != first
+
+
+def test_an_identity_follows_what_no_tensor_shows() -> None:
+    """Two encoders with the same tensors that compute different tokens are two; undone, the identity is the old one."""
+    torch.manual_seed(0)
+    encoder = build_image_encoder("vit_tiny", 64).eval()
+    plain = encoder_identity(encoder)
+    encoder.normalise_pixels()
+    found = {plain, encoder_identity(encoder)}
+    encoder.pixel_mean = torch.zeros(3, 1, 1)
+    found.add(encoder_identity(encoder))
+    encoder.pixel_mean = encoder.pixel_std = None
+    assert encoder_identity(encoder) == plain
+    attention: Any = encoder.blocks[1].get_submodule("attn")
+    attention.rel_pos = "sammed3d"
+    found.add(encoder_identity(encoder))
+    models = [build_promptable("vit_tiny", 64, ("a",), tune="adapter", compat=compat).image_encoder for compat in (None, "msa")]
+    models[1].load_state_dict(models[0].state_dict())
+    found |= {encoder_identity(model) for model in models}
+    deep = [build_sam_adapter("vit_tiny", 64, ("a",), depth_slices=depth).image_encoder for depth in (3, 5)]
+    deep[1].load_state_dict(deep[0].state_dict())
+    found |= {encoder_identity(model) for model in deep}
+    assert len(found) == 8
 
 
 def test_one_shot_features_are_still_kept_by_the_same_identity() -> None:

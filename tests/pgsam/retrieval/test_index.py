@@ -159,6 +159,20 @@ def test_a_batch_of_queries_may_have_a_patient_each(made: SimpleNamespace, store
     assert index.nearest(queries, 4, "ann").indices.min() >= PER_PATIENT
 
 
+def test_a_patient_may_have_another_key_in_the_index(made: SimpleNamespace, stored: Path) -> None:
+    """Then the query's case tells who it is, and all slices of that patient stay out; by brute force."""
+    index = SliceIndex.open(stored)
+    queries, pairs = global_vectors(made.tokens)[:4], [("x", index.cases[0]), (None, index.cases[7]), ("ann", index.cases[14]), ("x", "y")]
+    together = index.nearest(queries, 3, *zip(*pairs, strict=True))
+    for row, (patient, case) in enumerate(pairs):
+        own = {patient, *(index.patients[i] for i in range(15) if index.cases[i] == case)}
+        left = [i for i in range(15) if index.patients[i] not in own]
+        assert sorted(index.nearest(queries[row], len(left), patient, case).indices.tolist()) == left
+        assert set(together.indices[row].tolist()) <= set(left)
+        with pytest.raises(UserError, match=f"expected at most {len(left)}"):
+            index.nearest(queries[row], len(left) + 1, patient, case)
+
+
 @pytest.mark.parametrize(
     ("k", "patient", "words"),
     [
@@ -247,6 +261,11 @@ def rewrite(path: Path, **changed: Any) -> None:
         (lambda f: rewrite(f / "manifest.json", format=2), ("written in format 2", "this version reads 1")),
         (lambda f: rewrite(f / "manifest.json", names=["a"]), ("manifest.json", "a damaged one", "15 slices")),
         (lambda f: rewrite(f / "manifest.json", facts={}), ("manifest.json", "a damaged one")),
+        (lambda f: rewrite(f / "manifest.json", names="abcdefghijklmno"), ("a damaged one", "names: a list of texts")),
+        (lambda f: rewrite(f / "manifest.json", patients=list(range(15))), ("a damaged one", "patients: a list of texts")),
+        (lambda f: rewrite(f / "manifest.json", patients=[["ann"]] * 15), ("a damaged one", "patients: a list of texts")),
+        (lambda f: rewrite(f / "manifest.json", count=15.0), ("a damaged one", "count: a whole number")),
+        (lambda f: rewrite(f / "manifest.json", patients=["ann"] * 14 + ["zoe"]), ("a damaged one", "cases and patients: others were written")),
     ],
 )
 def test_damage_is_one_line_that_says_what_to_do(folder: Path, damage: Any, words: tuple[str, ...]) -> None:
@@ -303,6 +322,51 @@ def test_an_interrupted_build_leaves_nothing_behind(made: SimpleNamespace, tmp_p
     assert list((tmp_path / "index").iterdir()) == []
     write_index(tmp_path / "index", FACTS, made.source, batches(made, (15,)))  # an empty folder is as good as none
     assert len(SliceIndex.open(tmp_path / "index")) == 15
+
+
+@pytest.mark.parametrize("way", ["working folder", "link to a folder", "link to nothing"])
+def test_a_folder_by_another_name(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """The folder stays the one it was, and a link a link; after an error both are as before."""
+    real, output = tmp_path / "real", tmp_path / "link"
+    if way != "link to nothing":
+        real.mkdir()
+    if way == "working folder":
+        monkeypatch.chdir(real)
+        output = Path(".")
+    else:
+        output.symlink_to("real")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    broken = SimpleNamespace(tokens=made.tokens * float("nan"), labels=made.labels)
+    with pytest.raises(UserError, match="expected finite tokens"):
+        write_index(output, FACTS, made.source, batches(broken, (15,)))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    write_index(output, FACTS, made.source, batches(made, (15,)))
+    assert len(SliceIndex.open(output)) == len(SliceIndex.open(real)) == 15
+    assert len(list(real.iterdir())) == 3
+    assert output.is_symlink() == (way != "working folder")
+
+
+def test_a_folder_that_links_to_itself_is_one_line(made: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="loop"):
+        write_index(tmp_path / "loop", FACTS, made.source, batches(made, (15,)))
+
+
+def test_a_failure_at_the_last_move_leaves_an_empty_folder(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "index").mkdir()
+    moves, rename = [], Path.rename
+
+    def fails_at_the_manifest(path: Path, target: Path) -> Path:
+        moves.append(path.name)
+        if path.name == "manifest.json":
+            raise OSError("no")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_at_the_manifest)
+    with pytest.raises(UserError, match="cannot be written"):
+        write_index(tmp_path / "index", FACTS, made.source, batches(made, (15,)))
+    assert (len(moves), moves[-1]) == (3, "manifest.json")
+    assert list((tmp_path / "index").iterdir()) == []
 
 
 def test_a_folder_that_holds_something_is_refused_and_stays_as_it_is(made: SimpleNamespace, folder: Path) -> None:

@@ -174,7 +174,7 @@ class StoredSlices:
         self.stored = memories(1, len(patients), dim=dim, classes=classes, grid=grid)
         self.asked = []
 
-    def nearest(self, vectors, k, patient):
+    def nearest(self, vectors, k, patient, case=None):
         self.asked.append((vectors, tuple(patient)))
         own = [[i for i, name in enumerate(self.patients) if name != who][:k] for who in patient]
         return Hits(torch.tensor(own), torch.ones(len(own), k))
