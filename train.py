@@ -30,6 +30,9 @@ disc), best.safetensors is the best by mean DSC, and --patience ends a training 
 those of the published method; --root_path and --output default to the names that PG-SAM's README uses. --index trains a memory (with --rag_tune
 decoder the mask decoder too), which recalls slices of an index that scripts/build_index.py made with --lora_ckpt (never of a slice's own patient);
 scripts/test_rag.py uses the result. PG-SAM's organ reports are built in; --reports gives others, and --slice_reports adds one on each slice.
+
+Faster: preprocess/store.py puts the slices into memory-mapped arrays beside train_npz, which are then read in their place, to the same samples. --amp
+bf16 keeps frozen weights in bf16 too, and what is trained, losses and files in float32. --augment_on device leaves SAMed's augmentation to the GPU.
 """
 
 import argparse
@@ -170,6 +173,7 @@ def build_parser() -> Parser:
     add("--img_size", type=int, help="side of the network's input, a multiple of 16 (by module)")
     add("--input_size", type=int, help="slices go to this size first, then to img_size (default 224; img_size for sam_promptable)")
     add("--augment", choices=list(AUGMENTATIONS), help="augmentation (by module)")
+    add("--augment_on", choices=("cpu", "device"), help="where SAMed's augmentation is computed; the same draws, images within 1e-6 (default cpu)")
     add("--max_epochs", type=int, help="length of the learning-rate schedule (by module)")
     add("--stop_epoch", type=int, help="train this many epochs (by module, at most max_epochs)")
     add("--batch_size", type=int, help="slices a step (default 12; 4 for sam_promptable)")
@@ -252,6 +256,9 @@ def resolve(args: argparse.Namespace) -> None:
         raise UserError(f"--grad_clip {args.grad_clip}: expected a positive number")
     if not 0 <= args.dice_param <= 1:
         raise UserError(f"--dice_param {args.dice_param}: expected a number from 0 to 1")
+    if args.augment_on == "device" and (args.augment != "samed" or args.module in PROMPTED or (args.depth_slices or 1) > 1):
+        what = f"--augment {args.augment} of {args.module}" + (" over neighbouring slices" if (args.depth_slices or 1) > 1 else "")
+        raise UserError(f"--augment_on device: knows --augment samed of classes only, not {what}; leave it out")
     resolve_tuning(args, recipe)
 
 
@@ -480,6 +487,7 @@ def commands(argv: list[str], world: "World", program: str = "train.py") -> tupl
 def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, resuming: bool) -> None:
     """Builds everything that the flags name, and trains."""
     from datasets.augment import AUGMENTATIONS
+    from datasets.device_augment import DeviceAugmentation
     from datasets.held_out import hold_out_list, hold_out_share
     from datasets.refuge import TRAINING, RatedPictures, hold_out_pictures, open_refuge
     from datasets.slices import SliceDataset
@@ -530,7 +538,7 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
         dataset = TargetSlices(folder, targets=[names.index(name) + 1 for name in classes], **sizes, **drawn)
         folder = dataset.folder
     else:
-        dataset = SliceDataset(folder, depth_slices=args.depth_slices or 1, **sizes, **drawn)
+        dataset = SliceDataset(folder, depth_slices=args.depth_slices or 1, **sizes, **drawn, unfinished=args.augment_on == "device")
     store = read_store(args)
     seed_everything(args.seed, bool(args.deterministic))
     options = options_of(args, slice_text=store is not None)
@@ -575,7 +583,8 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
     if world.is_main and args.resume is not None:
         run.clear_up(fell_back=warning is not None)
     recall = memory.recall if memory else None
-    trainer = Trainer(model, dataset, recipe, run, card, world, validate=validation, flags=jsonable(args), again=again, recall=recall)
+    finish = DeviceAugmentation(args.input_size, args.img_size, world.device) if args.augment_on == "device" else None
+    trainer = Trainer(model, dataset, recipe, run, card, world, validate=validation, finish=finish, flags=jsonable(args), again=again, recall=recall)
     trainer.require_space()
     if state is not None:
         trainer.go_on_from(state, args.output)
@@ -589,6 +598,7 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
     for line in (
         f"--resume auto: {args.output} holds no training state; a fresh start" if args.resume is not None and not resuming else None,
         warning,
+        f"slices are read from {dataset.store.folder}" if isinstance(dataset, SliceDataset) and dataset.store is not None else None,
         trainable_report(model),
         *texts_report(model, reader, len(names)),
         *targets_report(dataset, classes, args.prompt),

@@ -18,6 +18,8 @@ from pgsam.resample import rotate_nearest
 
 Augmentation = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 
+SAMED_DEGREES = 20
+SAMED_MOVES = 1 + 8 + 2 * SAMED_DEGREES  # as it is; four turns, mirrored in rows or columns; angles
 HSAM_DEGREES = 20.0
 HSAM_CROP_AREAS = (0.2, 0.8)  # of the slice's area
 CURVE_KNOTS = 6
@@ -25,15 +27,29 @@ BEND_CELLS = 8  # cells of the control grid along a side
 BEND_REACH = 0.25  # of a cell; a cubic B-spline map cannot fold below 0.48 (Choi and Lee 2000, injectivity conditions)
 
 
+def samed_move(rng: np.random.Generator) -> int:
+    """What SAMed's augmentation does to a slice, as a number in [0, `SAMED_MOVES`) that `moved` knows; 0 leaves it as it is."""
+    if rng.random() > 0.5:
+        return 1 + 2 * int(rng.integers(0, 4)) + int(rng.integers(0, 2))
+    if rng.random() > 0.5:
+        return 9 + int(rng.integers(0, 2 * SAMED_DEGREES))
+    return 0
+
+
+def moved(array: np.ndarray, move: int) -> np.ndarray:
+    """`(..., H, W)` after a move of SAMed's augmentation: as it is, turned by quarters and mirrored, or rotated by a whole angle."""
+    if move == 0:
+        return array
+    if move < 9:
+        turns, axis = divmod(move - 1, 2)
+        return np.flip(np.rot90(array, turns, (-2, -1)), axis - 2)
+    return rotate_nearest(array, move - 9 - SAMED_DEGREES)
+
+
 def samed_augmentation(image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Augments one slice; `label` is [H, W] and `image` too, or [3, H, W] in colour, and the result depends on `rng` only."""
-    if rng.random() > 0.5:
-        turns, axis = int(rng.integers(0, 4)), int(rng.integers(0, 2)) - 2
-        return np.flip(np.rot90(image, turns, (-2, -1)), axis), np.flip(np.rot90(label, turns), axis)
-    if rng.random() > 0.5:
-        degrees = int(rng.integers(-20, 20))
-        return rotate_nearest(image, degrees), rotate_nearest(label, degrees)
-    return image, label
+    move = samed_move(rng)
+    return moved(image, move), moved(label, move)
 
 
 def affine_augmentation(image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datasets.augment import Augmentation, samed_augmentation
+from datasets.augment import Augmentation, samed_augmentation, samed_move
 from datasets.layout import COLOURS, IMAGE_RANGE, DataFolder, case_of, slice_number
+from datasets.store import open_store
 from pgsam.errors import UserError
 from pgsam.resample import resize_cubic, resize_nearest
 
@@ -129,15 +130,18 @@ class SliceDataset(Dataset):
         texts: a report on each slice by its name: vectors (D,), or words where the text encoder is trained too.
         missing_text: stands for a report that is not there; it also takes the place of one in ten that are, so that a model learns what it means.
         depth_slices: D, odd; above 1 each image is D neighbouring slices of the case, by number, its first or last one repeated beyond its ends.
+        unfinished: give a slice as it is at `input_size`, and what SAMed's augmentation does to it, for `datasets.device_augment`.
 
     Attributes:
         channels: of every slice's image, 1 or 3.
+        store: the slices in memory-mapped arrays, where they lie beside the files.
 
     Raises:
         UserError: a slice is not valid, some are grey and some in colour, or the manifest says the other; neighbours are not there, or in colour.
 
     An item, by `(epoch, index)`: `image` (channels, S, S), or (D, S, S) of neighbours, float32, `label` (S, S) and `low_res_label` (S/4, S/4) uint8,
-    `case`, the slice's name, and with `texts` the slice's `text`.
+    `case`, the slice's name, and with `texts` the slice's `text`. Unfinished, `image` and `label` are of the input's size, and `move` is in place of
+    the low-resolution label.
     """
 
     unit = "slice"
@@ -154,9 +158,12 @@ class SliceDataset(Dataset):
         texts: Mapping[str, torch.Tensor] | Mapping[str, str] | None = None,
         missing_text: torch.Tensor | str = "",
         depth_slices: int = 1,
+        unfinished: bool = False,
     ) -> None:
         if depth_slices < 1 or depth_slices % 2 == 0:
             raise ValueError(f"depth_slices is odd, not {depth_slices}")
+        if unfinished and augment is not samed_augmentation:
+            raise ValueError("only SAMed's augmentation is known as a move")
         self.folder = folder
         self.names = folder.names
         self.paths = [folder.files / f"{name}.npz" for name in self.names]
@@ -178,6 +185,8 @@ class SliceDataset(Dataset):
                 raise UserError(f"{folder.files}: expected grey slices for --depth_slices {depth_slices}, found slices in colour; leave the flag out")
             cases = slices_of_cases(folder.files)
             self.around = [find_neighbours(name, cases, depth_slices, folder.files) for name in self.names]
+        self.store = open_store(folder.files, self.names, num_classes)
+        self.unfinished = unfinished
 
     def _check_kind(self) -> None:
         """What the manifest says of the images goes into the checkpoint, so it must be true."""
@@ -187,6 +196,12 @@ class SliceDataset(Dataset):
             says = "there is none" if self.folder.manifest is None else f"it says {kind!r}"
             raise UserError(f"{place}: expected what {found} need, {says}; put image_kind right ('rgb' for colour and for nothing else)")
 
+    def _read(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Image and label of a slice, from the store where that has it; neighbours need not be in the list that the store was made of."""
+        if self.store is not None and name in self.store.entries:
+            return self.store.read(name)
+        return read_slice(self.folder.files / f"{name}.npz", name, self.num_classes)
+
     def _with_neighbours(self, image: np.ndarray, index: int) -> np.ndarray:
         """`[H, W]`, the slice `index` -> `[D, H, W]`, it in the middle of its neighbours."""
         assert self.around is not None
@@ -195,7 +210,7 @@ class SliceDataset(Dataset):
         for name in self.around[index]:
             if name not in read:
                 path = self.folder.files / f"{name}.npz"
-                read[name] = read_slice(path, name, self.num_classes)[0]
+                read[name] = self._read(name)[0]
                 if read[name].shape != image.shape:
                     raise UserError(
                         f"{path} ({name}): expected the shape {list(image.shape)} of its neighbour {own} for --depth_slices, "
@@ -213,21 +228,21 @@ class SliceDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         name = self.names[index]
-        image, label = read_slice(self.paths[index], name, self.num_classes)
+        image, label = self._read(name)
         if self.around is not None:
             image = self._with_neighbours(image, index)
         size = (self.input_size, self.input_size)
         rng = np.random.default_rng((self.seed, epoch, index))
-        image, label = self.augment(resize_cubic(image, size), resize_nearest(label, size), rng)
-        size = (self.img_size, self.img_size)
-        image, label = resize_cubic(np.ascontiguousarray(image), size), resize_nearest(np.ascontiguousarray(label), size)
-        low_res_label = resize_nearest(label, (self.img_size // 4, self.img_size // 4))
-        item = {
-            "image": torch.from_numpy(image if image.ndim == 3 else image[None]),
-            "label": torch.from_numpy(label),
-            "low_res_label": torch.from_numpy(low_res_label),
-            "case": name,
-        }
+        image, label = resize_cubic(image, size), resize_nearest(label, size)
+        item: dict[str, Any] = {"case": name}
+        if self.unfinished:
+            item["move"] = samed_move(rng)
+        else:
+            image, label = self.augment(image, label, rng)
+            size = (self.img_size, self.img_size)
+            image, label = resize_cubic(np.ascontiguousarray(image), size), resize_nearest(np.ascontiguousarray(label), size)
+            item["low_res_label"] = torch.from_numpy(resize_nearest(label, (self.img_size // 4, self.img_size // 4)))
+        item |= {"image": torch.from_numpy(image if image.ndim == 3 else image[None]), "label": torch.from_numpy(label)}
         if self.texts is not None:
             item["text"] = self.missing_text if rng.random() < TEXT_DROPOUT else self.texts.get(name, self.missing_text)
         return item

@@ -43,12 +43,15 @@ from pgsam.losses import SegmentationLoss, Share
 from pgsam.models.base import Recall, SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.sam.weights import sha256_of
+from pgsam.tuning.frozen import HalfFrozen
 from pgsam.tuning.trainable import trainable_count
 from pgsam.volumetric.model import VolumetricSam
 
 STATE_FORMAT = 2
 SAVE_SECONDS = 600.0  # between training states, where no number of steps is asked for
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+FUSED = ("cpu", "cuda")  # devices whose optimisers update all weights in one kernel
+BROKEN = "broken"  # beside the losses of an update: whether it was skipped
 LOG_INTERVAL = 50  # steps between lines of the log, and between looks at the loss: each look waits for the device
 
 
@@ -134,12 +137,13 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 def build_optimizer(parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW (weight decay 0.1) or SGD (momentum 0.9, weight decay 1e-4), SAMed's settings; of parameters, or groups of them."""
     parts: list[Any] = list(parameters)
+    owned = [p for part in parts for p in (part["params"] if isinstance(part, dict) else [part])]
+    fused = all(p.device.type in FUSED for p in owned)  # a fused step can be skipped without asking the device; see `Trainer._step`
     if recipe.adamw:
         decay = 0.1 if recipe.weight_decay is None else recipe.weight_decay
-        fused = all(p.is_cuda for part in parts for p in (part["params"] if isinstance(part, dict) else [part]))
-        return torch.optim.AdamW(parts, lr=recipe.base_lr, betas=(0.9, 0.999), weight_decay=decay, fused=fused or None)
+        return torch.optim.AdamW(parts, lr=recipe.base_lr, betas=(0.9, 0.999), weight_decay=decay, fused=fused)
     decay = 1e-4 if recipe.weight_decay is None else recipe.weight_decay
-    return torch.optim.SGD(parts, lr=recipe.base_lr, momentum=0.9, weight_decay=decay)
+    return torch.optim.SGD(parts, lr=recipe.base_lr, momentum=0.9, weight_decay=decay, fused=fused)
 
 
 # What of the recipe may differ between the start of a run and its continuation: how long it trains, how it is watched, and how the machine does it.
@@ -205,6 +209,29 @@ def require_finite(model: nn.Module, step: int, helps: str = remedy(Recipe())) -
         )
 
 
+def not_finite(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """1.0 where a gradient of these holds a number that is not finite, else 0.0; a tensor on the device, which nobody waits for."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return (~nn.utils.get_total_norm(gradients, torch.inf).isfinite()).float() if gradients else torch.zeros((), device=device)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, broken: Tensor) -> None:
+    """A step, unless `broken` is 1: then weights and moments stay as they are. A fused optimiser is told on the device, as GradScaler tells it."""
+    if not all(group["fused"] for group in optimizer.param_groups):
+        if not broken.item():
+            optimizer.step()
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"] if "momentum" in group else ():
+            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:  # or a first step that is skipped leaves it unwritten
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    optimizer.found_inf = broken  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
 class Trainer:
     """Trains a model on slices, or on crops of volumes.
 
@@ -217,6 +244,7 @@ class Trainer:
         world: the processes that train together.
         validate: called by every process every `recipe.val_interval` epochs; what it gives goes into `history.csv`, and `best.safetensors` is
             the model with the largest `val_dsc`, the earliest of equals.
+        finish: what is still to be done to a batch of the dataset, on the device; see `datasets.device_augment`.
         flags: the values of all flags of the command line; a run goes on with the flags it was started with, but for those in `FREE_FLAGS`.
         again: the command that goes on with the run, for the last line of one that a signal ended.
         recall: see `SemanticObjective`.
@@ -232,6 +260,7 @@ class Trainer:
         world: World,
         *,
         validate: Watch | None = None,
+        finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         flags: Mapping[str, Any] | None = None,
         again: str = "the same command with --resume auto",
         recall: Callable[[Sequence[str]], Recall] | None = None,
@@ -249,6 +278,8 @@ class Trainer:
         self.objective = build_objective(recipe, world.device, recall)
         self.dtype = AMP[recipe.amp]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "fp16")
+        # Sharded weights stay as they are: FSDP has no place for the originals.
+        self.frozen = HalfFrozen(model, torch.bfloat16) if recipe.amp == "bf16" and not recipe.shard else None
         self.sampler = UpdateSampler(
             len(dataset), recipe.batch_size, recipe.seed, accumulate=recipe.grad_accum, rank=world.rank, world_size=world.size
         )
@@ -267,8 +298,10 @@ class Trainer:
         self.best: float | None = None
         self.without_gain = 0
         self.flags, self.again = dict(flags or {}), again
+        self.finish = finish or dict
         self._warned = not recipe.deterministic  # whether it was said which operations have no deterministic kernel
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor], list[str]]] = []
+        self._broken = torch.zeros((), device=world.device)  # 1 once a loss or a gradient of this update is not finite; looked at with the losses
         self._epoch_seconds = 0.0
         self._saved = time.monotonic()
 
@@ -310,13 +343,14 @@ class Trainer:
         over the first slice, which leave no trace.
         """
         state = rng_state()
-        batch = default_collate([self.dataset[0, 0]])
+        batch = self.finish(default_collate([self.dataset[0, 0]]))
         idle = []
-        for probe in self.objective.probes(batch):
-            arguments, named = self.objective.inputs(probe)
-            self.objective.loss(self.model(*arguments, **named), probe)[0].backward()
-            idle.append({name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None})
-            self.model.zero_grad(set_to_none=True)
+        with self._in_float32():
+            for probe in self.objective.probes(batch):
+                arguments, named = self.objective.inputs(probe)
+                self.objective.loss(self.model(*arguments, **named), probe)[0].backward()
+                idle.append({name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None})
+                self.model.zero_grad(set_to_none=True)
         set_rng_state(state)
         never = set.intersection(*idle)
         return sorted(never), sorted(set.union(*idle) - never)
@@ -360,7 +394,8 @@ class Trainer:
         self._saved = time.monotonic()
         if self.epoch >= recipe.stop_epoch:
             self.say(f"nothing is left to train: {self.epoch} epochs are done, --stop_epoch is {recipe.stop_epoch}")
-        with Interruption() as interruption, self._workers_shielded(), self._open_board() as board:
+        halved = self.frozen.halved() if self.frozen is not None else nullcontext()
+        with Interruption() as interruption, self._workers_shielded(), self._open_board() as board, halved:
             while self.epoch < recipe.stop_epoch and not self._is_stale():
                 self._train_epoch(interruption, board)
                 self._end_epoch(interruption, board)
@@ -377,6 +412,10 @@ class Trainer:
         if not self.world.is_main:
             return nullcontext()
         return SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.step + 1 if self.step else None)
+
+    def _in_float32(self) -> AbstractContextManager[None]:
+        """Within it no weight is in half precision."""
+        return self.frozen.whole() if self.frozen is not None else nullcontext()
 
     @contextmanager
     def _workers_shielded(self) -> Iterator[None]:
@@ -432,6 +471,7 @@ class Trainer:
             if micro.end is None:
                 continue
             self._apply()
+            values[BROKEN], self._broken = self._broken, torch.zeros_like(self._broken)
             bar.update(micro.end - self.done)
             self.step, self.done = self.step + 1, micro.end
             row = {"step": self.step, "epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
@@ -456,21 +496,24 @@ class Trainer:
         for group, share in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
 
-    def _backward(self, batch: Mapping[str, Any], micro: MicroBatch) -> dict[str, Tensor]:
+    def _backward(self, batch: dict[str, Any], micro: MicroBatch) -> dict[str, Tensor]:
         """Adds the gradients of one micro-batch; returns what it adds to the loss of the update and its parts, to be summed over processes."""
+        batch = self.finish(batch)
         share = Share(micro.n_own / micro.n_update, micro.n_all / micro.n_update, self.world.size, self.world.sum_with_gradient)
         with self.joint.no_sync() if self.joint is not None and micro.end is None else nullcontext():
             with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None):
                 arguments, named = self.objective.inputs(batch)
                 outputs = self.parallel(*arguments, **named)
             loss, parts = self.objective.loss(outputs, batch, share)
+            if not self.scaler.is_enabled():
+                self._broken = torch.maximum(self._broken, (~loss.detach().isfinite()).float())
             self.scaler.scale(loss).backward()
         if self.recipe.compile:  # compiled code gives parameters that no loss reaches a gradient of 0, by which AdamW would let them decay
             for name in self.idle[0]:
                 self.model.get_parameter(name).grad = None
         return {name: value.detach() / self.world.size for name, value in {"loss": loss, **parts}.items()}
 
-    def _first_backward(self, batch: Mapping[str, Any], micro: MicroBatch) -> dict[str, Tensor]:
+    def _first_backward(self, batch: dict[str, Any], micro: MicroBatch) -> dict[str, Tensor]:
         """As `_backward`; says once which operations have no deterministic kernel here."""
         self._warned = True
         with not_deterministic() as names:
@@ -481,13 +524,19 @@ class Trainer:
 
     def _apply(self) -> None:
         """One update of the weights from the gradients that have come together."""
+        own = [p for p in self.model.parameters() if p.grad is not None]
+        if not self.scaler.is_enabled():
+            self._broken = self.world.sum(torch.maximum(self._broken, not_finite(own, self.world.device))).clamp(max=1)
         if self.recipe.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), self.recipe.grad_clip)
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.skipped += self.scaler.is_enabled() and self.scaler.get_scale() < scale
+            nn.utils.clip_grad_norm_(own, self.recipe.grad_clip)
+        if self.scaler.is_enabled():  # fp16 overflows now and then: such a step is counted, and is no error
+            scale = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.skipped += self.scaler.get_scale() < scale
+        else:
+            step_unless(self.optimizer, self._broken)
         self.optimizer.zero_grad(set_to_none=True)
 
     # --- looking at the loss --------------------------------------------------------------------------------------------------------------
@@ -501,13 +550,15 @@ class Trainer:
         rows: list[dict[str, Any]] = []
         for (row, _, cases), numbers in zip(self._pending, table.tolist(), strict=True):
             values = dict(zip(names, numbers, strict=True))
-            if not all(np.isfinite(number) for number in numbers):
+            broken = bool(values.pop(BROKEN))
+            of_loss = not all(np.isfinite(number) for number in values.values())
+            if broken or of_loss:
                 everyone = sorted({case for own in self.world.gather(cases) for case in own})
                 parts = ", ".join(f"{name} {value}" for name, value in values.items())
                 if self.world.is_main:
                     self.run.steps.add(rows)
                 raise UserError(
-                    f"the loss is not finite ({parts}) at step {row['step']}, on {', '.join(everyone[:12])}"
+                    f"the {'loss' if of_loss else 'gradient'} is not finite ({parts}) at step {row['step']}, on {', '.join(everyone[:12])}"
                     f"{' ...' if len(everyone) > 12 else ''}; look at these cases, {remedy(self.recipe)}; "
                     f"{self.run.path / 'last.pt'} holds the state before, if there was one"
                 )
@@ -551,7 +602,7 @@ class Trainer:
     def _validate(self, board: SummaryWriter | None) -> dict[str, float | None]:
         assert self.validate is not None
         generators = rng_state()
-        with whole(self.model):
+        with whole(self.model), self._in_float32():
             found = self.validate(self.model, self.epoch)
         set_rng_state(generators)
         self.model.train()
@@ -599,7 +650,10 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         """What files hold of the model, in the first process; every process must take part, since none may have all of it."""
-        return trained_state(self.model, everything=self.card.sam_sha256 is None) if self.world.is_main or self.recipe.shard else {}
+        if not (self.world.is_main or self.recipe.shard):
+            return {}
+        tensors = trained_state(self.model, everything=self.card.sam_sha256 is None)
+        return tensors if self.frozen is None else self.frozen.unrounded(tensors)
 
     def _release(self, name: str) -> None:
         """Writes a release file."""
@@ -640,7 +694,10 @@ class Trainer:
         """
         self._refuse_other(state, source)
         self.model.load_state_dict(state["model"], strict=False)
+        fused = [group["fused"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, fused, strict=True):
+            group["fused"] = own  # this device's, not that of the run before
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.done, self.step, self.skipped = (state[name] for name in ("epochs_done", "slices_done", "step", "skipped"))
         self.epoch_means, self.recent = Means(**state["epoch_means"]), Means(**state["recent"])

@@ -137,6 +137,18 @@ def unmerge_lora(model: nn.Module) -> None:
         layer.unmerge()
 
 
+def fuse_lora(model: nn.Module) -> None:
+    """Puts a plain layer with `weight + delta` in the place of every adapted one, for good: for inference in other precisions."""
+    for name, layer in lora_layers(model).items():
+        with torch.no_grad():
+            fused = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            fused.weight = nn.Parameter(layer.weight + layer.delta() if layer.enabled else layer.weight, requires_grad=False)
+            if layer.bias is not None:
+                fused.bias = nn.Parameter(layer.bias, requires_grad=False)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, fused.train(layer.training))
+
+
 @contextmanager
 def lora_merged(model: nn.Module) -> Iterator[None]:
     """Within this context every update is merged; afterwards the model is as it was before."""
