@@ -31,6 +31,7 @@ def build_parser() -> Parser:
     """The flags of infer_demo.py."""
     from pgsam.engine.flags import add_model_flags
     from pgsam.engine.retrieval import add_retrieval_flags
+    from pgsam.engine.speed import add_speed_flags
     from pgsam.volume_io import MODALITIES
 
     parser = Parser(__doc__)
@@ -39,6 +40,7 @@ def build_parser() -> Parser:
     add("-i", "--input", type=Path, help="scan, picture, DICOM series or folder of such (default: the bundled phantom)")
     add("-o", "--output", type=Path, default=Path("demo_output"), help="folder of the results (default %(default)s)")
     add_model_flags(parser, checkpoint=DEMO_CHECKPOINT)
+    add_speed_flags(parser)
     add("--modality", choices=MODALITIES, help="what the images are (default: what their files say, else the checkpoint's)")
     add("--window", type=float, nargs=2, metavar=("LO", "HI"), help="values that become 0 and 1, such as HU (default: by modality)")
     add("--series", help="which series of a DICOM folder: its UID, the end of it, or its number in the list")
@@ -113,6 +115,7 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
     """Segments the bundled phantom, prints its scores, writes a picture and the prediction."""
     from datasets.volumes import read_case
     from pgsam.engine.evaluate import save_case_picture, save_similarity_picture, segment_case
+    from pgsam.engine.speed import speed_up
     from pgsam.engine.text_flags import notes_on_texts, open_slice_texts
     from pgsam.metrics import class_metrics, format_table, summarise
     from pgsam.volume_io import write_volume
@@ -121,7 +124,8 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
     case = read_case(DEMO_CASE, "demo_case", card.num_classes)
     started = time.perf_counter()
     reader = open_slice_texts(args, model)
-    respond, _, notes = open_neighbours(args, model)
+    respond, _, notes = open_neighbours(args, model)  # looks at the encoder's weights as they are in the file
+    speed_up(model, amp=args.amp, channels_last=args.channels_last, compile=args.compile)
     labels = segment_case(model, card, case, DEMO_CASE, args.batch_size, reader, respond("demo_case") if respond is not None else None)
     seconds = time.perf_counter() - started
     raw = class_metrics(labels, case.label, card.num_classes, case.spacing_mm)
@@ -147,6 +151,7 @@ def segment_inputs(model, inputs: dict[str, Path], args: argparse.Namespace) -> 
     from pgsam.engine.device import environment
     from pgsam.engine.flags import jsonable
     from pgsam.engine.infer import Options, find_references, infer
+    from pgsam.engine.speed import speed_up
     from pgsam.engine.text_flags import notes_on_texts, open_slice_texts
     from pgsam.sam.weights import sha256_of
 
@@ -162,7 +167,8 @@ def segment_inputs(model, inputs: dict[str, Path], args: argparse.Namespace) -> 
         args.modality, tuple(args.window) if args.window else None, args.largest_component, args.batch_size, args.series, args.similarity
     )
     reader = open_slice_texts(args, model)
-    respond, retrieval, notes = open_neighbours(args, model)
+    respond, retrieval, notes = open_neighbours(args, model)  # looks at the encoder's weights as they are in the file
+    speed_up(model, amp=args.amp, channels_last=args.channels_last, compile=args.compile)
     settings = {
         **environment(next(model.parameters()).device),
         "flags": jsonable(args),

@@ -40,6 +40,7 @@ def add_test_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `run_test` reads."""
     from datasets.labels import DATASETS
     from pgsam.engine.flags import add_deterministic, add_model_flags
+    from pgsam.engine.speed import add_speed_flags
 
     add = parser.add_argument
     add("--config", metavar="FILE.json", help="flags as JSON; the command line goes before it")
@@ -55,6 +56,7 @@ def add_test_flags(parser: argparse.ArgumentParser) -> None:
     add("--allow_overlap", action="store_true", help="test on patients that the checkpoint was trained on")
     add("--seed", type=int, default=1234, help="of every random generator (default %(default)s)")
     add_deterministic(parser)
+    add_speed_flags(parser)
 
 
 def refuse_other_classes(card: "ModelCard", folder: "DataFolder") -> None:
@@ -87,6 +89,7 @@ def run_test(args: argparse.Namespace, world: "World", prepare: "Prepare | None"
     from pgsam.engine.device import environment
     from pgsam.engine.evaluate import evaluate, refuse_overlap
     from pgsam.engine.flags import jsonable, open_model
+    from pgsam.engine.speed import speed_up
     from pgsam.engine.text_flags import open_slice_texts
     from pgsam.engine.train import seed_everything
     from preprocess.raw import open_data
@@ -102,7 +105,8 @@ def run_test(args: argparse.Namespace, world: "World", prepare: "Prepare | None"
     refuse_other_classes(model.card, folder)
     refuse_overlap(model.card, folder, args.allow_overlap)
     texts = open_slice_texts(args, model)
-    method = prepare(model, folder, texts) if prepare is not None else None
+    method = prepare(model, folder, texts) if prepare is not None else None  # looks at the encoder's weights as they are in the file
+    speed_up(model, amp=args.amp, channels_last=args.channels_last, compile=args.compile)
     evaluate(
         model,
         model.card,

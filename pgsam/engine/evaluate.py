@@ -14,16 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from datasets.labels import colour_of
 from datasets.layout import DataFolder
 from datasets.volumes import Case, case_path, read_case
+from pgsam.engine.background import BackgroundWriter
 from pgsam.engine.distributed import World, share_out
 from pgsam.engine.log import Log
 from pgsam.engine.predict import Respond, SliceTexts, segment_slices, similarity_maps
@@ -128,14 +131,16 @@ def evaluate(
         tested: list[_Tested] = []
         failure: UserError | None = None
         try:
-            for index in mine:
-                if world.has_failed():
-                    break
-                tested.append(
-                    _test_case(model, card, folder, index, staging, batch_size=batch_size, save_nifti=save_nifti, texts=texts, method=method)
-                )
-                if world.size == 1:
-                    log(tested[-1].line)
+            with BackgroundWriter() as writer:
+                for index in mine:
+                    if world.has_failed():
+                        break
+                    one = _test_case(
+                        model, card, folder, index, staging, writer, batch_size=batch_size, save_nifti=save_nifti, texts=texts, method=method
+                    )
+                    tested.append(one)
+                    if world.size == 1:
+                        log(tested[-1].line)
         except UserError as error:
             world.fail()
             failure = error
@@ -196,13 +201,14 @@ def _test_case(
     folder: DataFolder,
     index: int,
     staging: Path,
+    writer: BackgroundWriter,
     *,
     batch_size: int | None,
     save_nifti: bool,
     texts: SliceTextReader | None,
     method: Method | None,
 ) -> _Tested:
-    """Tests one volume and writes the files about it."""
+    """Tests one volume and has the files about it written."""
     name = folder.names[index]
     case = read_case(case_path(folder, name), name, card.num_classes)
     path, known = case_path(folder, name), None
@@ -212,17 +218,22 @@ def _test_case(
         labels, known = method.segment(case, path, staging)
     metrics = metrics_of_case(labels, case.label, card.class_names, case.spacing_mm)
     one = summarise({name: metrics}, card.class_names, "transunet", n_resamples=0)["mean"]
-    maps = [("reference", case.label), ("prediction", labels)]
-    picture = staging / "overlays" / f"{name}.png"
-    picture.parent.mkdir(exist_ok=True)
     orientation = case.orientation or card.orientation
-    save_case_picture(picture, case.image, maps, card, orientation, case.spacing_mm)
+    writer.submit(partial(_write_case, staging, case, labels, card, orientation, save_nifti))
     worst = WorstSlices(card.class_names, [colour_of(organ, i) for i, organ in enumerate(card.class_names)])
     worst.add(name, case.image, case.label, labels, orientation=orientation, spacing_mm=case.spacing_mm)
-    if save_nifti:
-        _save_nifti(staging, case, labels)
     line = f"idx {index} case {name} mean_dice {one['dsc']['mean']:f} mean_hd95 {one['hd95_vox']['mean']:f}"
     return _Tested(index, metrics, worst.pictures, line, known)
+
+
+def _write_case(staging: Path, case: Case, labels: np.ndarray, card: ModelCard, orientation: str, save_nifti: bool) -> None:
+    """Writes the picture of one volume, and its NIfTI files if they are asked for."""
+    picture = staging / "overlays" / f"{case.name}.png"
+    picture.parent.mkdir(exist_ok=True)
+    maps = [("reference", case.label), ("prediction", labels)]
+    save_case_picture(picture, case.image, maps, card, orientation, case.spacing_mm)
+    if save_nifti:
+        _save_nifti(staging, case, labels)
 
 
 def _own_cases(folder: DataFolder, world: World) -> list[int]:
@@ -389,22 +400,29 @@ def save_case_picture(
     save_png(show_case(image, maps, card.class_names, colours, orientation=orientation, spacing_mm=spacing_mm), path)
 
 
-def save_similarity_picture(
-    path: Path, model: SliceModel, image: np.ndarray, card: ModelCard, orientation: str, spacing_mm: Spacing | None, columns: int = 5
-) -> bool:
-    """Writes what an aligner sees: a row an organ, how like its report each place of some slices is.
+def save_similarity_picture(path: Path, model: SliceModel, image: np.ndarray, card: ModelCard, orientation: str, spacing_mm: Spacing | None) -> bool:
+    """Writes `similarity_picture`; False, and no file, for a model without an aligner."""
+    drawn = similarity_picture(model, image, card, orientation, spacing_mm)
+    if drawn is not None:
+        save_png(drawn, path)
+    return drawn is not None
+
+
+def similarity_picture(
+    model: SliceModel, image: np.ndarray, card: ModelCard, orientation: str, spacing_mm: Spacing | None, columns: int = 5
+) -> Image.Image | None:
+    """What an aligner sees: a row an organ, how like its report each place of some slices is.
 
     A row's colour runs from the mean of the organ's cosines in these slices (invisible) to their maximum. `image` [D, H, W], or in
-    colour [D, H, W, 3], is in [0, 1] and lies as in training. False, and no picture, for a model without an aligner.
+    colour [D, H, W, 3], is in [0, 1] and lies as in training. None for a model without an aligner.
     """
     chosen = np.linspace(0, len(image) - 1, columns + 2).round().astype(int)[1:-1]
     rows = similarity_rows(model, image[chosen], card, orientation)
     if not rows:
-        return False
+        return None
     rows.insert(0, [overlay(picture, None, []) for picture in pictures_for_display(image[chosen], orientation)])
     spacing_hw = spacing_mm[1:] if spacing_mm else (1.0, 1.0)
-    save_png(montage(rows, row_titles=["image", *card.class_names], legend=[], tile_height=128, spacing_hw=spacing_hw), path)
-    return True
+    return montage(rows, row_titles=["image", *card.class_names], legend=[], tile_height=128, spacing_hw=spacing_hw)
 
 
 def similarity_rows(model: SliceModel, slices: np.ndarray, card: ModelCard, orientation: str) -> list[list[np.ndarray]]:

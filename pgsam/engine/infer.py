@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.labels import LabelMap, colour_of
-from pgsam.engine.evaluate import PROTOCOLS, metrics_of_case, save_case_picture, save_similarity_picture
+from pgsam.engine.background import BackgroundWriter
+from pgsam.engine.evaluate import PROTOCOLS, metrics_of_case, save_case_picture, similarity_picture
 from pgsam.engine.intensity import Intensity, choose_intensity
 from pgsam.engine.predict import Respond, segment_scan
 from pgsam.engine.text_flags import SliceTextReader, notes_on_texts
@@ -200,21 +202,35 @@ def infer(
         given = settings or {}
         _write_tables(output, card, results, {**given, "notes": [*notes_on_texts(card, texts), *given.get("notes", [])]})
 
-    for name, path in inputs.items():
+    def fail(name: str, path: Path, problem: BaseException) -> None:
+        error = problem if isinstance(problem, UserError) else UserError(f"{path}: expected memory for this scan, found less ({problem})")
+        results.append(CaseResult(name, path.name, error=str(error)))
+        if go_on or len(results) > 1:  # where nothing was done, nothing is left behind
+            write_tables()
+        if not go_on:
+            left = f"; {len(results) - 1} of {len(inputs)} are done, --continue goes on after a bad one" if len(inputs) > 1 else ""
+            raise UserError(f"{error}{left}") from problem
+        print(f"error: {error}", file=sys.stderr)
+
+    def write(name: str, path: Path, result: CaseResult, files: Callable[[], None]) -> None:
         try:
-            result = infer_case(model, path, output, options=options, reference=(references or {}).get(name), texts=texts, respond=respond, say=say)
-        except (UserError, MemoryError, torch.OutOfMemoryError) as problem:
-            error = problem if isinstance(problem, UserError) else UserError(f"{path}: expected memory for this scan, found less ({problem})")
-            results.append(CaseResult(name, path.name, error=str(error)))
-            if go_on or len(results) > 1:  # where nothing was done, nothing is left behind
-                write_tables()
-            if not go_on:
-                left = f"; {len(results) - 1} of {len(inputs)} are done, --continue goes on after a bad one" if len(inputs) > 1 else ""
-                raise UserError(f"{error}{left}") from problem
-            print(f"error: {error}", file=sys.stderr)
-            continue
+            files()
+        except (UserError, MemoryError) as problem:
+            fail(name, path, problem)
+            return
         results.append(result)
         write_tables()
+
+    with BackgroundWriter() as writer:
+        for name, path in inputs.items():
+            try:
+                truth = (references or {}).get(name)
+                result, files = infer_case(model, path, output, options=options, reference=truth, texts=texts, respond=respond, say=say)
+            except (UserError, MemoryError, torch.OutOfMemoryError) as problem:
+                writer.finish()  # `results` is in the order of the inputs, and only one thread has it in hand
+                fail(name, path, problem)
+            else:
+                writer.submit(partial(write, name, path, result, files))
     return results
 
 
@@ -228,8 +244,12 @@ def infer_case(
     texts: SliceTextReader | None = None,
     respond: Callable[[str], Respond] | None = None,
     say: Callable[[str], object] = print,
-) -> CaseResult:
-    """Segments one input and writes its labels and pictures. Raises a UserError as `read_scan`, `choose_intensity` or `Reference.read`."""
+) -> tuple[CaseResult, Callable[[], None]]:
+    """Segments one input; returns its result, and what writes its labels and pictures.
+
+    Raises:
+        UserError: as `read_scan`, `choose_intensity` or `Reference.read`.
+    """
     card = model.card
     scan = read_scan(path, series=options.series)
     truth = reference.read(scan, card.num_classes) if reference is not None else None
@@ -258,8 +278,10 @@ def infer_case(
     result.voxel_ml = float(np.prod(scan.volume.spacing_mm)) / 1000 if measured else None
     if truth is not None:
         result.metrics = metrics_of_case(labels.array, truth, card.class_names, scan.volume.spacing_mm if scan.spacing_known else None)
-    _write_case(output, model, scan, labels, image, truth, options, result)
-    return result
+    similar = None
+    if options.similarity:  # by the model, so here and not while the next scan is segmented
+        similar = similarity_picture(model, image.array, card, image.orientation, image.spacing_mm if scan.spacing_known else None)
+    return result, partial(_write_case, output, card, scan, labels, image, truth, similar, result)
 
 
 def _hash_of(files: Sequence[Path]) -> str:
@@ -310,12 +332,19 @@ def check_output(output: Path, inputs: Mapping[str, Path], references: Mapping[s
 
 
 def _write_case(
-    output: Path, model: SliceModel, scan: Scan, labels: Volume, image: Volume, truth: np.ndarray | None, options: Options, result: CaseResult
+    output: Path,
+    card: ModelCard,
+    scan: Scan,
+    labels: Volume,
+    image: Volume,
+    truth: np.ndarray | None,
+    similar: Image.Image | None,
+    result: CaseResult,
 ) -> None:
-    card, name = model.card, scan.name
+    name = scan.name
     picture = scan.modality == "picture"
     spacing = image.spacing_mm if scan.spacing_known else None
-    targets = targets_of(name, picture=picture, reference=truth is not None, similarity=options.similarity)
+    targets = targets_of(name, picture=picture, reference=truth is not None, similarity=similar is not None)
     _make(output)
     for stale in set(targets_of(name, picture=picture, reference=True, similarity=True)) - set(targets):
         (output / stale).unlink(missing_ok=True)  # of an earlier run with other flags
@@ -336,8 +365,8 @@ def _write_case(
             shown, [("difference", wrong)], _DIFFERENCES, _DIFFERENCE_COLOURS, orientation=image.orientation, spacing_mm=spacing, columns=5
         )
         save_png(drawn, output / f"{name}_difference.png")
-    if options.similarity:
-        save_similarity_picture(output / f"{name}_similarity.png", model, image.array, card, image.orientation, spacing)
+    if similar is not None:
+        save_png(similar, output / f"{name}_similarity.png")
     result.written = targets
 
 

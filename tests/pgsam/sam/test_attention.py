@@ -1,10 +1,12 @@
 import itertools
+import math
 
 import pytest
 import torch
 from segment_anything.modeling.image_encoder import Block as SamBlock
 from segment_anything.modeling.image_encoder import window_partition
 
+from pgsam.sam import attention
 from pgsam.sam.attention import GridAttention, one_hot_positions, window_indices
 from pgsam.sam.image_encoder import Block
 
@@ -102,3 +104,40 @@ def test_impossible_settings_are_refused() -> None:
         GridAttention(8, 2, (4, 4), rel_pos="sammed3d")
     with pytest.raises(ValueError, match="rel_pos"):
         GridAttention(8, 2, (4, 4), rel_pos="other")
+
+
+@pytest.mark.parametrize(("grid", "window"), [((9, 9), 0), ((9, 9), 7), ((20, 20), 14), ((5, 5), 14)])
+def test_bf16_without_matrix_units_is_attention_too(monkeypatch: pytest.MonkeyPatch, grid: tuple[int, int], window: int) -> None:
+    """Written out as products, a few matrices at a time, it is as near to float64 as bf16 allows, and near the fused kernel."""
+    torch.manual_seed(0)
+    layer = GridAttention(64, 2, grid, window=window).double()
+    for axis in "hw":
+        torch.nn.init.normal_(getattr(layer, f"rel_pos_{axis}"), std=0.2)
+    x = torch.randn(3, *grid, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        exact = layer(x)
+        half = layer.to(torch.bfloat16)
+        found = {}
+        for has in (True, False):
+            monkeypatch.setattr(attention, "has_matrix_units", lambda has=has: has)
+            monkeypatch.setattr(attention, "MATRIX_ELEMENTS", 2 * math.prod(grid) ** 2)  # two of the matrices at a time
+            found[has] = half(x.to(torch.bfloat16)).double()
+    assert torch.equal(found[True], found[False]) == layer.one_pad_key  # a key that stands for all padding wants exact logits
+    for result in found.values():
+        assert (result - exact).abs().max() < 0.05 * exact.std()
+
+
+def test_only_bf16_without_gradients_on_a_cpu_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_matrix_units", lambda: False)
+    calls: list[torch.dtype] = []
+    honest = attention._attend_in_products
+    monkeypatch.setattr(attention, "_attend_in_products", lambda *tensors: calls.append(tensors[1].dtype) or honest(*tensors))
+    layer = GridAttention(64, 2, (4, 4))
+    layer(torch.randn(1, 4, 4, 64))
+    with torch.no_grad():
+        layer(torch.randn(1, 4, 4, 64))
+        assert calls == []
+        layer.bfloat16()(torch.randn(1, 4, 4, 64).bfloat16())
+        assert calls == [torch.bfloat16]
+    layer(torch.randn(1, 4, 4, 64).bfloat16())
+    assert len(calls) == 1

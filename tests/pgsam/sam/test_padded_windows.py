@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgsam.sam.attention import GridAttention
 from pgsam.sam.image_encoder import Block, ImageEncoder
-from scripts.benchmark import padded_attention, published_attention
+from scripts.benchmarks.volumetric import padded_attention, published_attention
 
 RULES = ("sammed3d", "separable")
 
