@@ -1,0 +1,1 @@
+"""The stages of `scripts/benchmark.py`, one module each, and what they share (`framework`)."""
