@@ -382,15 +382,13 @@ def summarise(
         if missing := [organ for organ in organs if organ not in cases[name]]:
             raise ValueError(f"case {name} has no metrics for {', '.join(missing)}")
     tables = [PROTOCOLS[protocol](cases[name]) for name in names]
-    draws = np.random.default_rng(seed).integers(0, len(names), size=(n_resamples, len(names)))
-    weights = np.zeros((n_resamples, len(names)))  # how often a resample holds a case
-    np.add.at(weights, (np.arange(n_resamples)[:, None], draws), 1)
+    weights = bootstrap_weights(len(names), n_resamples, seed)
 
     by_organ: dict[str, dict[str, Any]] = {organ: {} for organ in organs}
     overall: dict[str, Any] = {}
     for metric in PROTOCOL_METRICS[protocol]:
         values = np.array([[table[organ][metric] for organ in organs] for table in tables])  # (cases, organs)
-        cells, overall[metric] = _cells(values, weights)
+        cells, overall[metric] = summary_cells(values, weights)
         for organ, cell in zip(organs, cells, strict=True):
             by_organ[organ][metric] = cell
     for organ in organs:
@@ -400,14 +398,26 @@ def summarise(
     return {"organs": by_organ, "mean": overall}
 
 
-def _cells(values: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Summary cells of each organ and of the mean over organs, from values (cases, organs) and resamples (resamples, cases)."""
+def bootstrap_weights(n_cases: int, n_resamples: int = 1000, seed: int = 0) -> NDArray[np.float64]:
+    """How often each resample holds each case, `(n_resamples, n_cases)`: the same for every table of as many cases, so that tables can be paired."""
+    draws = np.random.default_rng(seed).integers(0, n_cases, size=(n_resamples, n_cases))
+    weights = np.zeros((n_resamples, n_cases))
+    np.add.at(weights, (np.arange(n_resamples)[:, None], draws), 1)
+    return weights
+
+
+def resampled_means(values: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp]]:
+    """Means over cases of values `(cases, organs)`, NaN left out: all `(organs,)`, of each resample `(resamples, organs)`; and their counts."""
     defined = ~np.isnan(values)
     n = defined.sum(axis=0)
     sums = np.where(defined, values, 0.0)
     with np.errstate(invalid="ignore"):  # 0 / 0: no defined value
-        means = sums.sum(axis=0) / n
-        resampled = (weights @ sums) / (weights @ defined)  # (resamples, organs)
+        return sums.sum(axis=0) / n, (weights @ sums) / (weights @ defined), n
+
+
+def summary_cells(values: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Cells as in `summarise`, of each organ and of the mean over organs, from values `(cases, organs)` and `bootstrap_weights`."""
+    means, resampled, n = resampled_means(values, weights)
     cells = [_cell(means[i], resampled[:, i], int(n[i]), len(values)) for i in range(len(n))]
     known = n > 0
     if not known.any():

@@ -20,11 +20,10 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,6 @@ from pgsam.errors import Parser, UserError, reports_user_errors
 if TYPE_CHECKING:
     from pgsam.prior.reports import OrganReports
 
-ROOT = Path(__file__).resolve().parents[1]
 OFF = {"aligner": "none", "fusion": "none", "refine_steps": "0"}
 ROWS: dict[str, dict[str, str]] = {
     "none": OFF,
@@ -88,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
+    from pgsam.engine.runs import in_parallel
+
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     args, training = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
@@ -97,14 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tests = [Test(row, seed, reports) for seed in args.seeds for row in args.rows for reports in (told if row in RETOLD else [RIGHT])]
     settle(args, training)
     runs = {test.run: test for test in tests if test.reports == RIGHT}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = [pool.submit(train_row, test, args, training) for test in runs.values()]
-        try:
-            for done in waiting:
-                done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what has not begun does not begin
-            raise
+    in_parallel(args.jobs, [partial(train_row, test, args, training) for test in runs.values()])
     lines = [read_or_test(test, args) for test in tests]
     write_tables(lines, args.output)
     return 0
@@ -134,66 +127,46 @@ def read_bank(args: argparse.Namespace) -> "OrganReports":
 
 def settle(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Notes what the rows are trained and tested on and how; a UserError if the folder holds runs or tests of something else."""
+    from pgsam.engine.runs import settle as settle_runs
     from pgsam.sam.weights import sha256_of
-    from pgsam.volume_io import replacing
     from preprocess.raw import find_prepared
 
     lists = {
         "training list": find_prepared(args.root_path, "train").list_file,
         "test list": find_prepared(args.root_path, "test", list_dir=args.test_list_dir).list_file,
     }
-    wanted = {"flags behind --": list(training), "--root_path": str(args.root_path.resolve())}
+    wanted: dict[str, Any] = {"flags behind --": list(training), "--root_path": str(args.root_path.resolve())}
     wanted |= {name: sha256_of(path) for name, path in lists.items()}
     wanted["--reports"] = sha256_of(args.reports) if args.reports is not None else None
-    path = args.output / "settings.json"
-    if path.is_file():
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(
-                f"{path}: expected the settings of the runs in this folder, found damaged JSON ({error}); give another --output"
-            ) from error
-        other = [name for name, value in wanted.items() if known.get(name) != value]
-        if other:
-            raise UserError(f"{path}: the runs in this folder have other settings ({', '.join(other)}); give the same ones, or another --output")
-    args.output.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    settle_runs(args.output, wanted)
 
 
 def train_row(test: Test, args: argparse.Namespace, training: Sequence[str]) -> None:
     """Trains one run, unless it is complete; what an interrupted one left is removed first."""
-    folder = args.output / "runs" / test.run
-    if (folder / "final.safetensors").is_file():
-        return
-    for stale in (folder, *(args.output / "tests").glob(f"{test.run}-*")):
-        shutil.rmtree(stale, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    from pgsam.engine.runs import train_once
+
     settings = dict(ROWS[test.row])
     if args.reports is not None and test.row != "none":
         settings.setdefault("reports", str(args.reports))
     flags = [item for name, value in settings.items() for item in (f"--{name}", value)]
-    command = [sys.executable, str(ROOT / "train.py"), "--root_path", str(args.root_path), "--output", str(folder), "--seed", str(test.seed)]
-    print(f"training {test.run}", flush=True)
-    done = subprocess.run([*command, *flags, *training], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{test.run}: train.py stopped with exit code {done.returncode}: {(done.stderr or done.stdout).strip()[-600:]}")
+    flags = ["--root_path", str(args.root_path), "--seed", str(test.seed), *flags, *training]
+    train_once(args.output / "runs" / test.run, flags, tests=args.output / "tests")
 
 
 def read_or_test(test: Test, args: argparse.Namespace) -> dict[str, Any]:
     """One line of ablation.csv."""
+    from pgsam.engine.runs import trained_parameters, training_minutes
+
     folder = args.output / "tests" / test.folder
     if not (folder / "metrics.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         evaluate_test(test, args, folder)
     results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     strict = results["summary"]["strict"]
-    config = json.loads((args.output / "runs" / test.run / "config.json").read_text(encoding="utf-8"))
-    with (args.output / "runs" / test.run / "history.csv").open(newline="", encoding="utf-8") as file:
-        minutes = sum(float(row["seconds"]) for row in csv.DictReader(file)) / 60
+    run = args.output / "runs" / test.run
     told = UNTOLD.get(test.row, test.reports)
-    line: dict[str, Any] = {"row": test.row, "reports": told, "seed": test.seed, "parameters": config["trainable_parameters"]}
-    line["training_minutes"] = round(minutes, 2)
+    line: dict[str, Any] = {"row": test.row, "reports": told, "seed": test.seed, "parameters": trained_parameters(run)}
+    line["training_minutes"] = round(training_minutes(run), 2)
     line |= {metric: strict["mean"][metric]["mean"] for metric in METRICS}
     line |= {f"dsc {organ}": cells["dsc"]["mean"] for organ, cells in strict["organs"].items()}
     return line
@@ -201,20 +174,15 @@ def read_or_test(test: Test, args: argparse.Namespace) -> dict[str, Any]:
 
 def evaluate_test(test: Test, args: argparse.Namespace, folder: Path) -> None:
     """Tests one trained model with one set of reports."""
-    from pgsam.engine.checkpoint import load_model, read_card
-    from pgsam.engine.device import pick_device
+    from pgsam.engine.checkpoint import read_card
     from pgsam.engine.evaluate import evaluate, refuse_overlap
-    from pgsam.engine.flags import resolve_ckpt
+    from pgsam.engine.runs import FINAL, open_trained
     from preprocess.raw import find_prepared
 
-    path = args.output / "runs" / test.run / "final.safetensors"
-    card = read_card(path)
-    flags = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["flags"]
-    ckpt = resolve_ckpt(flags["ckpt"], card.vit_name) if card.sam_sha256 else None
-    reports = retell(test.reports, card.class_names, read_bank(args))
-    model = load_model(path, ckpt=ckpt, device=str(pick_device(flags["device"])), reports=reports, verbose=False)
+    run = args.output / "runs" / test.run
+    model = open_trained(run, reports=retell(test.reports, read_card(run / FINAL).class_names, read_bank(args)))
     volumes = find_prepared(args.root_path, "test", list_dir=args.test_list_dir)
-    refuse_overlap(card, volumes, False)
+    refuse_overlap(model.card, volumes, False)
     print(f"testing {test.folder}", flush=True)
     evaluate(model, model.card, volumes, folder, settings={"ablation": {"row": test.row, "seed": test.seed, "reports": test.reports}})
 
@@ -288,40 +256,19 @@ def draw(groups: dict[tuple[str, str], list[dict[str, Any]]], path: Path) -> Non
 
     The axes span the trained rows and as much again; where the mean of other reports lies beyond, it stands there as a number.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
+    from pgsam.dot_plot import Dots, Panel, dot_plot
     from pgsam.overlay import save_png
 
     ordered = as_trained_first(groups)
-    margin, panel, gap, line = 290, 380, 60, 30
-    canvas = Image.new("RGB", (margin + 2 * panel + gap + 40, 90 + line * len(ordered)), (255, 255, 255))
-    pen, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(size=15), ImageFont.load_default(size=13)
-    for i, ((row, reports), _) in enumerate(ordered):
-        pen.text((12, 58 + i * line), row if is_as_trained(row, reports) else f"{row}, {reports}", fill=(20, 20, 20), font=font)
-    for p, (metric, title, scale) in enumerate((("dsc", "DSC, points of 100", 100.0), ("hd95_mm_penalised", "HD95, mm, penalised", 1.0))):
-        left = margin + p * (panel + gap)
-        pen.text((left, 14), title, fill=(20, 20, 20), font=font)
-        trained = [m[metric] * scale for (row, told), members in ordered if is_as_trained(row, told) for m in members if m[metric] is not None]
-        low, high = (min(trained), max(trained)) if trained else (0.0, 1.0)
-        reach = max(high - low, 1e-3) / 2
-        low, high = max(low - reach, 0.0), high + reach
-        for t in range(5):
-            value, x = low + t / 4 * (high - low), left + t / 4 * panel
-            pen.line((x, 50, x, 56 + line * len(ordered)), fill=(225, 225, 225))
-            pen.text((x - 14, 34), f"{value:.1f}", fill=(90, 90, 90), font=small)
-        for i, ((row, reports), members) in enumerate(ordered):
-            values, y = [m[metric] * scale for m in members if m[metric] is not None], 67 + i * line
-            if not values:
-                continue
-            mean = statistics.mean(values)
-            if not low <= mean <= high:
-                pen.text((left + (6 if mean < low else panel - 60), y - 9), f"{mean:.1f}", fill=(90, 90, 90), font=small)
-                continue
-            for x in (left + (value - low) / (high - low) * panel for value in values if low <= value <= high):
-                pen.ellipse((x - 4, y - 4, x + 4, y + 4), outline=(30, 90, 200), fill=(150, 185, 245))
-            x = left + (mean - low) / (high - low) * panel
-            pen.rectangle((x - 1.5, y - 10, x + 1.5, y + 10), fill=(200, 40, 40) if is_as_trained(row, reports) else (120, 120, 120))
-    save_png(canvas, path)
+    names = [row if is_as_trained(row, reports) else f"{row}, {reports}" for (row, reports), _ in ordered]
+    panels = []
+    for metric, title, scale in (("dsc", "DSC, points of 100", 100.0), ("hd95_mm_penalised", "HD95, mm, penalised", 1.0)):
+        rows = []
+        for (row, reports), members in ordered:
+            values = tuple(m[metric] * scale for m in members if m[metric] is not None)
+            rows.append(Dots(values, mean=statistics.mean(values) if values else None, faint=not is_as_trained(row, reports)))
+        panels.append(Panel(title, tuple(rows)))
+    save_png(dot_plot(names, panels, share=0.5), path)
 
 
 if __name__ == "__main__":

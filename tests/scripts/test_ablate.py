@@ -84,7 +84,7 @@ def commands(done: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> list[li
         shutil.copytree(done / "runs" / target.name, target)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr("scripts.ablate.subprocess.run", run)
+    monkeypatch.setattr("pgsam.engine.runs.subprocess.run", run)
     return started
 
 
