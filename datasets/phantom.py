@@ -2,8 +2,10 @@
 
     python datasets/phantom.py --output DIR --cases 5 6 7 1 2
     python datasets/phantom.py --output DIR --cases 5 6 7 --shape 20 128 128 --spacing 10 3 3
+    python datasets/phantom.py --output DIR --cases 1 2 3 --layout flare22
 
-writes BTCV's raw layout, `DIR/Training/img/img0005.nii.gz` (HU, int16) and `DIR/Training/label/label0005.nii.gz` (BTCV ids, uint8).
+writes BTCV's raw layout, `DIR/Training/img/img0005.nii.gz` (HU, int16) and `DIR/Training/label/label0005.nii.gz` (BTCV ids, uint8), or FLARE22's,
+`DIR/images/FLARE22_Tr_0001_0000.nii.gz` and `DIR/labels/FLARE22_Tr_0001.nii.gz` (FLARE22 ids).
 
 The anatomy is in datasets/anatomy.py; here it is rendered, scanned and written. A voxel's HU mixes the structures by the part of its volume that
 each fills; its label is the structure that fills more than half of it. Only the noise belongs to the grid: every grid samples the same anatomy.
@@ -28,6 +30,7 @@ if __package__ in (None, ""):
 
 from datasets.anatomy import FAT_HU, Patient, diaphragm, make_patient
 from datasets.implicit import Point, Space, Structure, coverage, slope_of, squircle
+from datasets.labels import BTCV_NAMES, FLARE22_NAMES
 from pgsam.errors import Parser, UserError, reports_user_errors
 
 FIELD_OF_VIEW_MM = (200.0, 384.0, 384.0)
@@ -35,6 +38,9 @@ DEFAULT_SHAPE = (40, 256, 256)
 _CENTRE_Z_MM = 32.0  # the middle of the scanned range lies this far above L1/L2
 
 AIR_HU = -1000.0
+BTCV_LAYOUT = ("Training/img/img{:04d}.nii.gz", "Training/label/label{:04d}.nii.gz")
+FLARE22_LAYOUT = ("images/FLARE22_Tr_{:04d}_0000.nii.gz", "labels/FLARE22_Tr_{:04d}.nii.gz")
+_FLARE22_IDS = np.array([0, *(FLARE22_NAMES.index(name) + 1 if name in FLARE22_NAMES else 0 for name in BTCV_NAMES)], dtype=np.uint8)  # by BTCV id
 
 
 @dataclass(frozen=True)
@@ -212,36 +218,36 @@ def write_las(path: Path, array: np.ndarray, spacing_mm: Point, origin_mm: Point
         part.unlink(missing_ok=True)
 
 
-def write_btcv(
+def write_phantoms(
     root: str | Path,
     cases: Sequence[int],
     *,
-    split: str = "Training",
+    layout: str = "btcv",
     shape: Sequence[int] = DEFAULT_SHAPE,
     spacing_mm: Sequence[float] | None = None,
 ) -> list[tuple[Path, Path]]:
-    """Writes phantoms in BTCV's raw layout: `{root}/{split}/img/img0005.nii.gz` and `{root}/{split}/label/label0005.nii.gz`.
+    """Writes phantoms in the raw layout of a data set.
 
     Args:
         root: folder; made where it does not exist.
-        cases: case numbers, which also name the files; the published split is by number (train 5, 6, 7, ...; test 1, 2, 3, 4, 8, ...).
-        split: BTCV keeps every labelled case under "Training".
+        cases: case numbers, which also name the files; the published splits are by number (BTCV: train 5, 6, 7, ...; test 1, 2, 3, 4, 8, ...).
+        layout: `btcv`, or `flare22`, whose labels have FLARE22's ids (0 for the veins it does not know).
         shape: (D, H, W).
         spacing_mm: (D, H, W) or None, as in `render`.
 
     Returns:
         (image, label) paths in the order of `cases`.
     """
+    names = {"btcv": BTCV_LAYOUT, "flare22": FLARE22_LAYOUT}[layout]
     written = []
     for case in cases:
         phantom = make_phantom(case, shape, spacing_mm)
         extent = [(count - 1) * step for count, step in zip(phantom.labels.shape, phantom.spacing_mm, strict=True)]
         bed = float(phantom.patient.rng("bed position").integers(-900, -500))
         origin = (-extent[2] / 2, extent[1] / 2, bed)
-        folder = Path(root) / split
-        paths = folder / "img" / f"img{case:04d}.nii.gz", folder / "label" / f"label{case:04d}.nii.gz"
+        paths = Path(root) / names[0].format(case), Path(root) / names[1].format(case)
         write_las(paths[0], phantom.image_hu, phantom.spacing_mm, origin)
-        write_las(paths[1], phantom.labels, phantom.spacing_mm, origin)
+        write_las(paths[1], phantom.labels if layout == "btcv" else _FLARE22_IDS[phantom.labels], phantom.spacing_mm, origin)
         written.append(paths)
     return written
 
@@ -249,8 +255,9 @@ def write_btcv(
 def build_parser() -> argparse.ArgumentParser:
     """The program's flags."""
     parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder that gets Training/img and Training/label")
+    parser.add_argument("--output", type=Path, required=True, help="folder that gets the layout's folders")
     parser.add_argument("--cases", type=int, nargs="+", required=True, help="case numbers, 0 to 9999")
+    parser.add_argument("--layout", choices=("btcv", "flare22"), default="btcv", help="whose raw files (default %(default)s)")
     parser.add_argument("--shape", type=int, nargs=3, default=DEFAULT_SHAPE, metavar=("D", "H", "W"), help="voxels (default: 40 256 256)")
     parser.add_argument(
         "--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="voxel size, mm (default: 200 x 384 x 384 mm divided by the shape)"
@@ -263,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the phantoms that the command line asks for."""
     args = build_parser().parse_args(argv)
     for case in args.cases:
-        image, label = write_btcv(args.output, [case], shape=args.shape, spacing_mm=args.spacing)[0]
+        image, label = write_phantoms(args.output, [case], layout=args.layout, shape=args.shape, spacing_mm=args.spacing)[0]
         print(f"{image} {label}")
     return 0
 

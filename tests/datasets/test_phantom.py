@@ -12,7 +12,7 @@ import pytest
 from datasets.anatomy import make_patient
 from datasets.implicit import Structure
 from datasets.labels import BTCV_NAMES
-from datasets.phantom import main, make_phantom, render, write_btcv
+from datasets.phantom import main, make_phantom, render, write_phantoms
 from pgsam.errors import UserError
 
 ID = {name: i for i, name in enumerate(BTCV_NAMES, start=1)}
@@ -165,7 +165,7 @@ def test_a_lesion_is_one_more_structure():
 
 
 def test_written_files_carry_btcv_geometry(tmp_path):
-    (image_path, label_path), second = write_btcv(tmp_path, [5, 38], shape=(12, 48, 40), spacing_mm=(15.0, 7.5, 8.5))
+    (image_path, label_path), second = write_phantoms(tmp_path, [5, 38], shape=(12, 48, 40), spacing_mm=(15.0, 7.5, 8.5))
     assert image_path == tmp_path / "Training" / "img" / "img0005.nii.gz"
     assert second[1] == tmp_path / "Training" / "label" / "label0038.nii.gz"
     image, label = nibabel.load(image_path), nibabel.load(label_path)
@@ -203,3 +203,24 @@ def test_impossible_requests_are_named(capsys, tmp_path):
         make_phantom(1, (8, 32, 32), (5.0, -1.0, 1.0))
     with pytest.raises(UserError, match="spacing"):
         make_phantom(1, (8, 32, 32), (5.0, float("nan"), 1.0))
+
+
+def test_flare22_has_its_own_names_and_ids(tmp_path: Path) -> None:
+    image, label = write_phantoms(tmp_path, [3], layout="flare22", shape=(12, 48, 40))[0]
+    assert image == tmp_path / "images/FLARE22_Tr_0003_0000.nii.gz"
+    assert label == tmp_path / "labels/FLARE22_Tr_0003.nii.gz"
+    expected = {
+        "liver": 1,
+        "right kidney": 2,
+        "spleen": 3,
+        "pancreas": 4,
+        "aorta": 5,
+        "gallbladder": 9,
+        "stomach": 11,
+        "left kidney": 13,
+    }  # FLARE22's
+    phantom = make_phantom(3, (12, 48, 40))
+    written = np.asarray(nibabel.load(label).dataobj).T
+    for organ, value in expected.items():
+        assert np.array_equal(written == value, phantom.labels == BTCV_NAMES.index(organ) + 1), organ
+    assert not (written[phantom.labels == BTCV_NAMES.index("portal and splenic vein") + 1]).any()

@@ -47,6 +47,13 @@ def write(pictures: Path, masks: Path, cases: dict[str, tuple[int, int]], suffix
     (pictures / "LICENSE.txt").write_text("CC-0")
 
 
+def make_isic(root: Path) -> None:
+    """The folders of 2018."""
+    for split, cases in (("Training", SIZES), ("Test", TESTS), ("Validation", WATCHED)):
+        folders = (root / f"ISIC2018_Task1-2_{split}_Input", root / f"ISIC2018_Task1_{split}_GroundTruth")
+        write(*folders, cases, "_segmentation.png")
+
+
 @pytest.fixture(params=["2016", "2018"])
 def archive(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     root = tmp_path / "ISIC"
@@ -55,9 +62,7 @@ def archive(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         for split, cases in (("Training", SIZES), ("Test", TESTS)):
             write(root / name.format(split, "Data"), root / name.format(split, "GroundTruth"), cases, "_Segmentation.png")
     else:
-        for split, cases in (("Training", SIZES), ("Test", TESTS), ("Validation", WATCHED)):
-            folders = (root / f"ISIC2018_Task1-2_{split}_Input", root / f"ISIC2018_Task1_{split}_GroundTruth")
-            write(*folders, cases, "_segmentation.png")
+        make_isic(root)
         extra = root / "ISIC2018_Task1-2_Training_Input" / "ISIC_0000001_superpixels.png"
         Image.fromarray(np.zeros((40, 56), np.uint8)).save(extra)
     return root
@@ -66,9 +71,7 @@ def archive(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.fixture
 def archive_2018(tmp_path: Path) -> Path:
     root = tmp_path / "ISIC"
-    for split, cases in (("Training", SIZES), ("Test", TESTS), ("Validation", WATCHED)):
-        folders = (root / f"ISIC2018_Task1-2_{split}_Input", root / f"ISIC2018_Task1_{split}_GroundTruth")
-        write(*folders, cases, "_segmentation.png")
+    make_isic(root)
     return root
 
 

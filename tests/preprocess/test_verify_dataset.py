@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from datasets.labels import BTCV_NAMES, FLARE22_NAMES, SYNAPSE8_NAMES
-from datasets.phantom import make_phantom, write_btcv
+from datasets.phantom import make_phantom, write_phantoms
 from datasets.slices import read_slice
 from pgsam.errors import UserError
 from pgsam.volume import Volume, reorient
@@ -150,7 +150,7 @@ def test_a_clean_nnunet_folder(form, phantoms, tmp_path, capsys):
 
 def test_clean_raw_and_prepared_btcv(tmp_path, capsys):
     raw, prepared = tmp_path / "raw", tmp_path / "prepared"
-    write_btcv(raw, (5, 6, 8, 22), shape=SHAPE)
+    write_phantoms(raw, (5, 6, 8, 22), shape=SHAPE)
     content = clean(raw)
     assert content["settings"]["kind"] == "btcv"
     assert [(entry["case"], entry["split"]) for entry in content["cases"]] == [
@@ -518,7 +518,7 @@ def test_of_several_channels_the_first_is_measured(phantoms, tmp_path):
 
 def test_raw_btcv_with_faults_of_its_own(tmp_path):
     raw = tmp_path / "raw"
-    write_btcv(raw, (5, 6, 8, 11), shape=SHAPE)  # there is no case 11 in the published split
+    write_phantoms(raw, (5, 6, 8, 11), shape=SHAPE)  # there is no case 11 in the published split
     (raw / "Training" / "label" / "label0006.nii.gz").unlink()
     shutil.copy(raw / "Training" / "img" / "img0005.nii.gz", raw / "Training" / "img" / "scan.nii.gz")
     (raw / "Training" / "img" / "img0021.nii.gz").mkdir()  # unpacked, and nothing in it
@@ -546,7 +546,7 @@ def edit_volume(path, **changes):
 
 def test_a_prepared_folder_with_one_fault_of_each_kind(tmp_path):
     raw, root = tmp_path / "raw", tmp_path / "prepared"
-    write_btcv(raw, (5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 1, 2, 3, 4, 8, 22, 25), shape=SHAPE)
+    write_phantoms(raw, (5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 1, 2, 3, 4, 8, 22, 25), shape=SHAPE)
     assert synapse.main(["--src_path", str(raw), "--dst_path", str(root), "--num_workers", "1"]) == 0
     clean(root)
     train, test, expected = root / "train_npz", root / "test_vol_h5", set()
