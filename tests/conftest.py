@@ -11,6 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+LONGEST = ("test_readme_commands_run", "test_from_the_archive_to_the_table_and_again")  # minutes each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests begin first, or one process still runs them when the other has nothing left."""
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
 
 
 def require_shared(relative: str) -> Path:

@@ -14,23 +14,28 @@ import pytest
 
 from pgsam.prior.reports import builtin_reports
 from pgsam.volume_io import read_volume, write_volume
+from tests.preprocess.test_isic import make_isic
+from tests.refuge_layout import make_refuge
 
 ROOT = Path(__file__).resolve().parents[1]
 BY_HAND = {"scripts/demo.sh", "scripts/test.sh"}  # from a fresh clone, by hand and by CI
 NETWORK = {"scripts/download_weights.py"}  # tests/scripts/test_download_weights.py runs it against a server of its own
-# 20 minutes to two hours
 LONG = {
     "scripts/train_real_ct.sh",
     "scripts/train_demo.sh",
     "scripts/train_demo_promptable.sh",
     "scripts/train_lesion_phantoms.sh",
     "scripts/ablate_phantoms.sh",
+    "scripts/rag_phantoms.sh",
+    "scripts/compare_phantoms.sh",
 }  # ten minutes to two hours
+ELSEWHERE = {"scripts/reproduce_synapse.sh"}  # tests/scripts/test_reproduce.py
 # What is added to a command so that it ends soon; the rest of it is the README's.
 SHORTENED = {
     "train.py": ["--stop_epoch", "1", "--batch_size", "2"],
     "scripts/train_msam.py": ["--stop_epoch", "1"],
     "scripts/benchmark.py": ["--shape", "40", "96", "96", "--rounds", "1"],
+    "scripts/tune_rag.py": ["--top_k", "1", "--weights", "0", "1", "--temperatures", "0.05"],
 }
 
 
@@ -75,7 +80,10 @@ def test_readme_commands_run(sam_vit_b_file: Path, tmp_path: Path) -> None:
     )
     sketches = {organ: builtin_reports().text(organ, "sketch") for organ in ("liver", "spleen")}
     (tmp_path / "my_reports.json").write_text(json.dumps(sketches))
-    commands = [c for c in readme_commands() if program_of(c) not in BY_HAND | LONG | NETWORK]
+    (tmp_path / "val.txt").write_text("case0006\n")  # not among the two slices that are left to train on, below
+    make_refuge(tmp_path / "REFUGE")
+    make_isic(tmp_path / "ISIC2018")
+    commands = [c for c in readme_commands() if program_of(c) not in BY_HAND | LONG | NETWORK | ELSEWHERE]
     commands.sort(key=lambda command: program_of(command) == "infer_demo.py")  # the README shows its use before the training
     for command in commands:
         program = program_of(command)
@@ -88,7 +96,7 @@ def test_readme_commands_run(sam_vit_b_file: Path, tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        if program == "datasets/phantom.py":
+        if program == "datasets/phantom.py" and "flare22" not in command:
             img, label = tmp_path / "data/raw/Training/img", tmp_path / "data/raw/Training/label"
             shutil.copy(img / "img0022.nii.gz", tmp_path / "scan.nii.gz")
             labelled = read_volume(label / "label0022.nii.gz")
@@ -104,13 +112,17 @@ def test_readme_commands_run(sam_vit_b_file: Path, tmp_path: Path) -> None:
             for name, kept in (("train.txt", (0, -1)), ("test_vol.txt", (0,))):  # two slices, of two patients
                 lines = (lists / name).read_text().splitlines()
                 (lists / name).write_text("".join(f"{lines[index]}\n" for index in kept))
+        if program == "preprocess/flare22.py":
+            listed = tmp_path / "data/FLARE22/lists/train.txt"
+            listed.write_text("\n".join(listed.read_text().splitlines()[:2]) + "\n")
     assert (tmp_path / "out/scan_seg.nii.gz").is_file()
     assert (tmp_path / "out_all/case22_difference.png").is_file()
     assert (tmp_path / "out_slices/scan_seg.nii.gz").is_file()
     assert (tmp_path / "results/msam/metrics.json").is_file()
     assert (tmp_path / "out_lesion/scan_seg.nii.gz").is_file()
+    assert (tmp_path / "out_rag/scan_seg.nii.gz").is_file()
     assert (tmp_path / "runs/long/best.safetensors").is_file()
     assert (tmp_path / "runs/two/final.safetensors").is_file()
-    for results in ("results/samed", "results/retold", "test_output"):
+    for results in ("results/samed", "results/retold", "results/rag", "results/refuge", "results/flare", "test_output"):
         assert (tmp_path / results / "metrics.json").is_file()
     assert len(list((tmp_path / "results/samed/predictions").iterdir())) == 3
