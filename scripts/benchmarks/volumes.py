@@ -22,7 +22,8 @@ def label_volumes(kind: str, shape: Sequence[int], seed: int = 0) -> tuple[np.nd
     """Prediction and reference, float32 labels 0 to 8 as in SAMed's files.
 
     `good` agrees to about a voxel; `messy` has rougher surfaces, lost slices and islands anywhere in the volume, which is what false positives of
-    a network look like and what makes bounding boxes useless.
+    a network look like and what makes bounding boxes useless. `salt` is the good one with one voxel in 200 given a random label, which no network
+    does: the worst case of an algorithm on surfaces, since every such voxel is surface.
     """
     rng = np.random.default_rng(seed)
     pred, ref = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -32,7 +33,7 @@ def label_volumes(kind: str, shape: Sequence[int], seed: int = 0) -> tuple[np.nd
         radius = np.sqrt(sum(((g / n - c) / h) ** 2 for g, c, h, n in zip(grid, centre, half, shape, strict=True)))
         level = radius + 0.06 * _smooth_noise(rng, radius.shape, (3, 10, 10))
         thinnest = min(h * n for h, n in zip(half, shape, strict=True))  # so that the jitter is in voxels, whatever the organ's size
-        jitter = (0.35 if kind == "good" else 1.6) / thinnest * _smooth_noise(rng, radius.shape, (1.5, 4, 4))
+        jitter = (1.6 if kind == "messy" else 0.35) / thinnest * _smooth_noise(rng, radius.shape, (1.5, 4, 4))
         organ, guess = level < 1, level + jitter < 1
         if kind == "messy":
             guess[:: int(rng.integers(8, 13))] = False
@@ -44,6 +45,9 @@ def label_volumes(kind: str, shape: Sequence[int], seed: int = 0) -> tuple[np.nd
                 at = [int(rng.integers(0, max(1, n - s))) for n, s in zip(shape, (2, 10, 10), strict=True)]
                 island = pred[at[0] : at[0] + 2, at[1] : at[1] + 10, at[2] : at[2] + 10]
                 island[island == 0] = label
+    if kind == "salt":
+        salted = rng.random(shape, dtype=np.float32) < 1 / 200
+        pred[salted] = rng.integers(0, len(ORGANS) + 1, int(salted.sum()))
     return pred, ref
 
 

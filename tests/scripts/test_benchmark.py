@@ -29,7 +29,7 @@ def test_metrics_stage_compares_values_and_writes_ratios(tmp_path: Path) -> None
     target = tmp_path / "figures.json"
     assert benchmark.main([*SMALL, "--json", str(target)]) == 0
     figures = json.loads(target.read_text())["metrics"]
-    assert set(figures) == {"good", "messy"}
+    assert set(figures) == {"good", "messy", "salt"}
     assert all(entry["ratio"] > 0 and entry["medpy_classes_measured"] == 8 for entry in figures.values())
 
 
