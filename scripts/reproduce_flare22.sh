@@ -11,15 +11,15 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/reproduce_common.sh"
 begin_reproduction "$@" runs/reproduce_flare22
-held_out=6
+held_out=6 interval=20
 if [ -n "$phantom" ]; then
     make_phantoms flare22 2 4 6 1
-    held_out=1
+    held_out=1 interval=1
 fi
 "$PYTHON" "$checkout/preprocess/flare22.py" --src_path "$raw" --dst_path "$work/data" $every_case
 cut -d_ -f1-3 "$work/data/lists/train.txt" | sort -u | tail -n "$held_out" >"$work/val.txt"
 train_and_test samed_s --module sam_lora_image_encoder_mask_decoder --vit_name vit_b --base_lr 0.0025 --img_size 512 --input_size 512 --batch_size 12 \
-    --warmup --AdamW --val_list "$work/val.txt" --val_interval 20
+    --warmup --AdamW --val_list "$work/val.txt" --val_interval $interval
 checkpoint=$work/samed_s/final.safetensors
 grep -v -F -f "$work/val.txt" "$work/data/lists/train.txt" >"$work/indexed.txt"
 [ -f "$work/index/manifest.json" ] ||

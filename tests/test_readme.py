@@ -26,6 +26,7 @@ LONG = {
     "scripts/train_demo_promptable.sh",
     "scripts/train_lesion_phantoms.sh",
     "scripts/ablate_phantoms.sh",
+    "scripts/bf16_phantoms.sh",
     "scripts/rag_phantoms.sh",
     "scripts/compare_phantoms.sh",
 }  # ten minutes to two hours

@@ -246,6 +246,7 @@ def test_provenance(train, data, tmp_path):
         assert told["git_commit"].removesuffix("+") == head.stdout.strip()
 
 
+@pytest.mark.slow
 def test_lines_elsewhere_and_a_bar_on_a_terminal(data, tmp_path):
     """The log's lines stay whole beside the bar."""
     argv = [sys.executable, str(ROOT / "train.py"), "--root_path", str(data), *SHORT, "--output"]

@@ -80,6 +80,7 @@ def assert_alike(found: np.ndarray, wanted: np.ndarray) -> None:
     assert np.count_nonzero(found != wanted) <= 1e-5 * wanted.size
 
 
+@pytest.mark.slow
 def test_equals_the_published_protocol_with_a_vit_and_lora() -> None:
     torch.manual_seed(3)
     samed = build_model(SAMED, vit_name="vit_tiny", img_size=SIZE, class_names=NAMES, num_classes=3, verbose=False).eval()

@@ -42,6 +42,7 @@ def test_equals_the_published_implementation(published: tuple, synthetic: Module
     assert agreement >= 0.9999
 
 
+@pytest.mark.slow
 def test_equals_segment_anythings_own_modules_at_512(synthetic: ModuleType, sam_vit_b_file: Path, tmp_path: Path) -> None:
     """The published way from public packages: SAM's encoder with the update added to its weights, bilinear positions, SAM's decoder."""
     sam, samed = synthetic.synthetic_sam("vit_b"), synthetic.synthetic_samed(dim=768, depth=12, num_classes=8)
