@@ -4,15 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder, PromptEncoder
 from torch import Tensor, nn
 
+from pgsam.decoding.class_tokens import decode_classes
 from pgsam.errors import UserError
 from pgsam.models.card import ModelCard
 from pgsam.sam.image_encoder import ImageEncoder
 
 Recall = Callable[[Tensor], Any]
-"""An embedding `(B, C, g, g)` of the encoder -> what is retrieved for it (`pgsam.retrieval.memory.BatchMemories`)."""
+"""An embedding `(B, C, g, g)` of the encoder -> what is retrieved for it (`pgsam.retrieval.index.Memories`)."""
 
 
 class SliceModel(nn.Module):
@@ -69,6 +71,14 @@ class SliceModel(nn.Module):
         if recall is None:
             raise UserError("this model recalls annotated slices (it was trained with --index): give its index, as scripts/test_rag.py --index does")
         return self.rag(embedding, recall(embedding))
+
+    def decode_classes(self, embedding: Tensor, *, upscale: bool) -> dict[str, Tensor]:
+        """What `forward` gives, from the embedding alone: every class from its mask token, as SAMed decodes."""
+        low_res_logits, iou_predictions = decode_classes(self.prompt_encoder, self.mask_decoder, embedding)
+        outputs = {"low_res_logits": low_res_logits, "iou_predictions": iou_predictions}
+        if upscale:
+            outputs["masks"] = F.interpolate(low_res_logits, (self.img_size, self.img_size), mode="bilinear", align_corners=False)
+        return outputs
 
     def forward(self, images: Tensor, *, recall: Recall | None = None, upscale: bool = True) -> dict[str, Tensor]:
         """Segments a batch; without `upscale` the full-size `masks` are left out (a low-resolution loss has no use for them)."""

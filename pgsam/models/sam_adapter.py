@@ -8,10 +8,8 @@ prompt, as SAMed does, so that all methods can be compared on the same slices; s
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from pgsam.decoding.class_tokens import decode_classes
 from pgsam.models.base import Recall, SliceModel
 from pgsam.sam.build import build_image_encoder, build_mask_decoder, build_prompt_encoder
 from pgsam.tuning.adapter import MARK, add_adapters
@@ -36,12 +34,7 @@ class SamAdapter(SliceModel):
     def forward(self, images: Tensor, *, recall: Recall | None = None, upscale: bool = True) -> dict[str, Tensor]:  # noqa: D102
         if self.depth_slices > 1 and images.ndim == 4:
             images = images[:, :, None].expand(-1, -1, 3, -1, -1)
-        embedding = self.recall_into(self.image_encoder(images), recall)
-        low_res_logits, iou_predictions = decode_classes(self.prompt_encoder, self.mask_decoder, embedding)
-        outputs = {"low_res_logits": low_res_logits, "iou_predictions": iou_predictions}
-        if upscale:
-            outputs["masks"] = F.interpolate(low_res_logits, images.shape[-2:], mode="bilinear", align_corners=False)
-        return outputs
+        return self.decode_classes(self.recall_into(self.image_encoder(images), recall), upscale=upscale)
 
 
 def build_sam_adapter(

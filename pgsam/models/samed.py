@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder
 from torch import Tensor, nn
 
-from pgsam.decoding.class_tokens import decode_classes
 from pgsam.errors import UserError
 from pgsam.models.base import Recall, SliceModel
 from pgsam.sam.build import VITS, build_image_encoder, build_mask_decoder, build_prompt_encoder
@@ -31,12 +29,7 @@ class SAMed(SliceModel):
     """SAMed: the image's embedding, decoded for every class at once; no loss of SAMed trains `iou_predictions`."""
 
     def forward(self, images: Tensor, *, recall: Recall | None = None, upscale: bool = True) -> dict[str, Tensor]:  # noqa: D102
-        embedding = self.recall_into(self.image_encoder(images), recall)
-        low_res_logits, iou_predictions = decode_classes(self.prompt_encoder, self.mask_decoder, embedding)
-        outputs = {"low_res_logits": low_res_logits, "iou_predictions": iou_predictions}
-        if upscale:
-            outputs["masks"] = F.interpolate(low_res_logits, images.shape[-2:], mode="bilinear", align_corners=False)
-        return outputs
+        return self.decode_classes(self.recall_into(self.image_encoder(images), recall), upscale=upscale)
 
 
 def build_samed(
