@@ -34,13 +34,13 @@ def files(folder: str) -> list[Path]:
 def test_rooms_import_neither_each_other_nor_what_stands_above(own: str) -> None:
     for path in files(f"pgsam/{own}"):
         others = {room(name) for name in imports_of(path)} - {own}
-        assert others <= {"errors", "volume", "volume_io", "resample"}, path
+        assert others <= {"errors", "products", "volume", "volume_io", "resample"}, path
 
 
 def test_models_import_rooms_and_never_the_engine_or_another_paper() -> None:
     for path in files("pgsam/models"):
         for name in imports_of(path):
-            assert room(name) in {*ROOMS, "models", "errors", "volume", "volume_io"}, (path, name)
+            assert room(name) in {*ROOMS, "models", "errors", "products", "volume", "volume_io"}, (path, name)
             if path.name != "__init__.py" and room(name) == "models":
                 assert name in ("pgsam.models.base", "pgsam.models.card"), (path, name)
 
@@ -48,11 +48,11 @@ def test_models_import_rooms_and_never_the_engine_or_another_paper() -> None:
 @pytest.mark.parametrize("own", ["oneshot", "volumetric", "retrieval"])
 def test_what_stands_beside_the_models_knows_rooms_and_the_ground_floor(own: str) -> None:
     for path in files(f"pgsam/{own}"):
-        allowed = {own, "sam", "tuning", "clicks", "errors", "losses", "volume", "volume_io", "resample", "metrics", "overlay"}
+        allowed = {own, "sam", "tuning", "clicks", "errors", "losses", "products", "volume", "volume_io", "resample", "metrics", "overlay"}
         assert {room(name) for name in imports_of(path)} <= allowed, path
 
 
-@pytest.mark.parametrize("name", ["metrics", "clicks", "losses", "volume", "resample", "errors", "box_plot"])
+@pytest.mark.parametrize("name", ["metrics", "clicks", "losses", "products", "volume", "resample", "errors", "box_plot"])
 def test_ground_floor_imports_nothing_of_ours(name: str) -> None:
     assert imports_of(ROOT / "pgsam" / f"{name}.py") <= {"pgsam.errors"}
 

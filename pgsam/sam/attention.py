@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pgsam.products import Linear, onednn_is_faster, product
+
+LONG = 256  # tokens from which attention on a CPU is worth a call for each matrix
 MATRIX_ELEMENTS = 2**21  # of attention matrices that are written out at a time: 4 MiB in bf16
 AXES = "dhw"  # SAM's names of the relative position tables; a 2-D grid has the last two
 
@@ -51,8 +54,8 @@ class GridAttention(nn.Module):
         self.head_dim = dim // num_heads
         self.grid = tuple(grid)
         self.rel_pos = rel_pos
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
         sides = (window,) * len(grid) if window else self.grid
         if rel_pos == "sammed3d" and (len(grid) != 3 or len(set(sides)) != 1):
@@ -162,8 +165,11 @@ def _attend(query_parts: list[Tensor], key_parts: list[Tensor], values: Tensor, 
     With `exact` no logit is rounded to half precision on the way to the soft-max, as the padding's, which stands for thousands of keys, must not be.
     """
     query, key = torch.cat(query_parts, dim=-1), torch.cat(key_parts, dim=-1)
-    if bias is None and not exact and _products_are_faster(key):
-        return _attend_in_products(query.to(key.dtype), key, values.to(key.dtype))
+    if bias is None and not torch.is_grad_enabled():
+        if not exact and _products_are_faster(key):
+            return _attend_in_products(query.to(key.dtype), key, values.to(key.dtype))
+        if key.shape[-2] >= LONG and onednn_is_faster(key):
+            return _attend_long(query, key, values)
     # Flash kernels want one width for queries, keys and values, and a multiple of 8 on a GPU.
     width, own = key.shape[-1], values.shape[-1]
     spare = -width % 8
@@ -173,11 +179,11 @@ def _attend(query_parts: list[Tensor], key_parts: list[Tensor], values: Tensor, 
 
 
 def _products_are_faster(key: Tensor) -> bool:
-    """Whether attention is to be two products with the soft-max written out between them: bf16 on a CPU without matrix units, and no gradients.
+    """Whether attention is to be two products with the soft-max written out between them: bf16 on a CPU without matrix units.
 
     There the fused kernel multiplies bf16 at the speed of float32 at best, and oneDNN's products three times as fast (measured on AVX512-BF16).
     """
-    return key.device.type == "cpu" and key.dtype == torch.bfloat16 and not torch.is_grad_enabled() and not has_matrix_units()
+    return key.device.type == "cpu" and key.dtype == torch.bfloat16 and not has_matrix_units()
 
 
 @lru_cache(maxsize=1)
@@ -192,6 +198,16 @@ def _attend_in_products(query: Tensor, key: Tensor, values: Tensor) -> Tensor:
     at_once = max(1, MATRIX_ELEMENTS // (query.shape[-2] * key.shape[-2]))
     parts = zip(*(x.flatten(0, 1).split(at_once) for x in (query, key, values)), strict=True)
     return torch.cat([torch.bmm(torch.bmm(q, k.mT).softmax(dim=-1), v) for q, k, v in parts]).view(*query.shape[:3], values.shape[-1])
+
+
+def _attend_long(query: Tensor, key: Tensor, values: Tensor) -> Tensor:
+    """The same in oneDNN's float32 products, which are of two matrices; the fused kernel's are MKL's. For many tokens: each product is a call."""
+    at_once = max(1, MATRIX_ELEMENTS // 4 // key.shape[-2])
+    out = values.new_empty(*query.shape[:-1], values.shape[-1])
+    for q, k, v, o in zip(*(x.flatten(0, 1) for x in (query, key, values, out)), strict=True):
+        for some, place in zip(q.split(at_once), o.split(at_once), strict=True):
+            place.copy_(product(product(some, k).softmax(dim=-1), v.mT))
+    return out
 
 
 def _log_weight_of_padding(biases: list[Tensor], places: tuple[int, ...]) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pgsam.products import Linear
 from pgsam.sam.attention import GridAttention
 from pgsam.sam.preprocess import PIXEL_MEAN, PIXEL_STD
 
@@ -158,8 +159,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.lin1 = nn.Linear(dim, hidden)
-        self.lin2 = nn.Linear(hidden, dim)
+        self.lin1 = Linear(dim, hidden)
+        self.lin2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.lin2(F.gelu(self.lin1(x)))

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pgsam.products import Linear
+
 PARTS = ("space", "mlp", "depth")
 STARTS = ("zero", "published")
 NORM_ORDERS = ("before_windows", "after_windows")
@@ -43,8 +45,8 @@ class Adapter(nn.Module):
         if start not in STARTS:
             raise ValueError(f"start is one of {', '.join(STARTS)}, not {start!r}")
         self.skip = skip
-        self.down = nn.Linear(dim, dim // REDUCTION)
-        self.up = nn.Linear(dim // REDUCTION, dim)
+        self.down = Linear(dim, dim // REDUCTION)
+        self.up = Linear(dim // REDUCTION, dim)
         if start == "zero":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)

@@ -15,31 +15,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgsam.products import Linear, linear
+
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus `B_p A_p x` on each of some parts p of its output.
 
     Args:
-        linear: the layer to adapt, `in -> out`; its parameters become this module's and are not trained.
+        layer: the layer to adapt, `in -> out`; its parameters become this module's and are not trained.
         rank: rank r of each update; 1 <= r <= in.
         parts: name of each update -> the rows of the output it is added to, `(start, stop)`, ascending and disjoint.
 
-    `A_p` (r, in) starts kaiming-uniform and `B_p` (rows, r) at zero, so the layer starts as `linear` exactly.
+    `A_p` (r, in) starts kaiming-uniform and `B_p` (rows, r) at zero, so the layer starts as `layer` exactly.
 
     Shape: `(..., in) -> (..., out)`.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, parts: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, layer: nn.Linear, rank: int, parts: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
         self.merged: Tensor | None
-        if not 1 <= rank <= linear.in_features:
-            raise ValueError(f"rank must lie between 1 and the layer's width {linear.in_features}, not {rank}")
-        self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
+        if not 1 <= rank <= layer.in_features:
+            raise ValueError(f"rank must lie between 1 and the layer's width {layer.in_features}, not {rank}")
+        self.in_features, self.out_features, self.rank = layer.in_features, layer.out_features, rank
         self.parts = dict(parts)
-        self.weight = linear.weight.requires_grad_(False)
-        self.bias = linear.bias.requires_grad_(False) if linear.bias is not None else None
-        self.lora_a = nn.ParameterDict({name: nn.Parameter(linear.weight.new_empty(rank, linear.in_features)) for name in self.parts})
-        self.lora_b = nn.ParameterDict({name: nn.Parameter(linear.weight.new_zeros(hi - lo, rank)) for name, (lo, hi) in self.parts.items()})
+        self.weight = layer.weight.requires_grad_(False)
+        self.bias = layer.bias.requires_grad_(False) if layer.bias is not None else None
+        self.lora_a = nn.ParameterDict({name: nn.Parameter(layer.weight.new_empty(rank, layer.in_features)) for name in self.parts})
+        self.lora_b = nn.ParameterDict({name: nn.Parameter(layer.weight.new_zeros(hi - lo, rank)) for name, (lo, hi) in self.parts.items()})
         for factor in self.lora_a.values():
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
         self.register_buffer("merged", None, persistent=False)
@@ -47,12 +49,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         if self.merged is not None:
-            return F.linear(x, self.merged, self.bias)
-        out = F.linear(x, self.weight, self.bias)
+            return linear(x, self.merged, self.bias)
+        out = linear(x, self.weight, self.bias)
         if not self.enabled:
             return out
         # Both updates as one pair of thin products; k's rows of `up` are zero.
-        return out + F.linear(F.linear(x, self._down()), self._up())
+        return out + linear(linear(x, self._down()), self._up())
 
     def _down(self) -> Tensor:
         """`(parts * r, in)`: the factors A in the order of the parts, which a ParameterDict does not keep."""
@@ -141,7 +143,7 @@ def fuse_lora(model: nn.Module) -> None:
     """Puts a plain layer with `weight + delta` in the place of every adapted one, for good: for inference in other precisions."""
     for name, layer in lora_layers(model).items():
         with torch.no_grad():
-            fused = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            fused = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             fused.weight = nn.Parameter(layer.weight + layer.delta() if layer.enabled else layer.weight, requires_grad=False)
             if layer.bias is not None:
                 fused.bias = nn.Parameter(layer.bias, requires_grad=False)
