@@ -53,7 +53,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def _mkl_is_slow() -> bool:
     """MKL is what multiplies, and the CPU is AMD's. Not measured by timing: two runs on one machine must round alike."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+    here = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not here or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # the compiler's own, and so without a promise to stay
         return False
     cpuinfo = Path("/proc/cpuinfo")
     return "AuthenticAMD" in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
