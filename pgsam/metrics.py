@@ -1,16 +1,16 @@
-"""Overlap and surface-distance metrics of segmentations, and the two protocols under which they are averaged and reported.
+"""Overlap and surface-distance metrics of segmentations.
 
 Dice, HD95 and ASSD are those of MedPy 0.5.2 (connectivity 1): the surface of a mask is what one erosion takes away, with everything outside
 the array counted as background; the distances from A's surface voxels to B's surface and from B's to A's are pooled.
 MedPy transforms the whole array; here the distances come from a KD-tree over the surface voxels of each mask's own bounding box, and those
 that the masks share are never looked up. Dice and HD95 are the same to the last bit (`_settle_ties` says what that takes).
 
-Masks and label volumes are n-dimensional arrays, `spacing` is in array order (D, H, W) in mm. Undefined is NaN; `strict` and `transunet`
-decide what an undefined value counts as, `summarise` averages.
+Masks and label volumes are n-dimensional arrays, `spacing` is in array order (D, H, W) in mm. Undefined is NaN; what that counts as in a mean, the
+protocols of `pgsam.protocols` decide.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,13 @@ from scipy.spatial import cKDTree
 
 Spacing = float | Sequence[float] | NDArray[np.floating] | None
 Window = tuple[slice, ...]
-CaseTable = Mapping[str, Mapping[str, float | None]]  # organ -> the values of `class_metrics`
 
-PROTOCOL_METRICS = {
-    "strict": ("dsc", "hd95_vox", "hd95_mm", "hd95_mm_penalised", "assd_mm"),
-    "transunet": ("dsc", "hd95_vox"),
-}
+CLASS_METRICS = ("dsc", "hd95_vox", "hd95_mm", "hd95_mm_penalised", "assd_mm")  # what `class_metrics` measures, beside the voxel counts
 _TIE = 1e-9  # relative; far above the rounding of a distance, far below the difference of two distances on a voxel grid
 _CHUNK = 1 << 18  # labels that are cast and checked while they are in the cache
+_PERCENTILE = 95
+_CELL = 3  # voxels a side; of each such cell one surface voxel is looked up first, see `_farthest`
+_MOST_CELLS = 0.2  # of them for each voxel: where surfaces are more scattered, or smaller, every voxel is looked up at once
 _LEAF = 48  # points a leaf; surfaces queried from surfaces are a third faster than with the default of 10
 
 
@@ -76,18 +75,69 @@ def _lengths(offsets: NDArray[np.intp], spacing: NDArray[np.float64]) -> NDArray
     return np.sqrt(total)
 
 
+def _alone(source: _Surface, target: _Surface) -> NDArray[np.intp]:
+    """Which voxels of one surface the other does not have: the others' distance is 0."""
+    place = np.minimum(np.searchsorted(target.keys, source.keys), len(target.keys) - 1)
+    return np.flatnonzero(target.keys[place] != source.keys)
+
+
+def _look_up(near: _Nearest, which: NDArray[np.intp], spacing: NDArray[np.float64]) -> None:
+    """Measures the distances of these voxels of `near.source`."""
+    if near.tree is not None and len(which):
+        points = near.source.points[which]
+        found = near.tree.query(points * spacing)[1]
+        near.distances[which] = _lengths(near.target.points[found] - points, spacing)
+
+
+def _begin(source: _Surface, target: _Surface, spacing: NDArray[np.float64]) -> tuple[_Nearest, NDArray[np.intp]]:
+    """Distances that are all 0 yet, and the voxels that are to be looked up, in the tree that is made if there are any."""
+    alone = _alone(source, target)
+    tree = cKDTree(target.points * spacing, leafsize=_LEAF, balanced_tree=False, compact_nodes=False) if len(alone) else None
+    return _Nearest(source, target, np.zeros(len(source.keys)), tree), alone
+
+
 def _nearest(source: _Surface, target: _Surface, spacing: NDArray[np.float64]) -> _Nearest:
     """Distance from every voxel of one surface to the other surface, in the unit of `spacing`."""
-    place = np.minimum(np.searchsorted(target.keys, source.keys), len(target.keys) - 1)
-    alone = np.flatnonzero(target.keys[place] != source.keys)
-    distances = np.zeros(len(source.keys))
-    if not len(alone):
-        return _Nearest(source, target, distances, None)
-    tree = cKDTree(target.points * spacing, leafsize=_LEAF, balanced_tree=False, compact_nodes=False)
-    points = source.points[alone]
-    found = tree.query(points * spacing)[1]
-    distances[alone] = _lengths(target.points[found] - points, spacing)
-    return _Nearest(source, target, distances, tree)
+    near, alone = _begin(source, target, spacing)
+    _look_up(near, alone, spacing)
+    return near
+
+
+def _farthest(first: _Surface, second: _Surface, spacing: NDArray[np.float64]) -> tuple[_Nearest, _Nearest]:
+    """As `_nearest` both ways, but with the largest distances only, those that the percentile of all of them can depend on; others may stay 0.
+
+    Of the voxels that lie in one cell of a few voxels a side one is looked up. By the triangle inequality the distances of the others differ from its
+    by no more than they are apart, and only a voxel whose distance can reach the percentile is looked up too.
+    """
+    both = [_begin(first, second, spacing), _begin(second, first, spacing)]
+    count = len(first.keys) + len(second.keys)
+    needed = count - math.floor((count - 1) * (_PERCENTILE / 100))  # so many of the largest decide
+    bounds = []
+    for near, alone in both:
+        points, everyone = near.source.points[alone], np.arange(len(alone))
+        leader = _leaders(points)
+        if np.count_nonzero(leader == everyone) > _MOST_CELLS * len(alone):
+            leader = everyone
+        _look_up(near, alone[leader == everyone], spacing)
+        reach, apart = near.distances[alone[leader]], _lengths(points - points[leader], spacing)
+        bounds.append((reach - apart, reach + apart, leader != everyone))
+    lowest = np.concatenate([low for low, _, _ in bounds])
+    certain = np.partition(lowest, len(lowest) - needed)[len(lowest) - needed] if needed <= len(lowest) else 0.0
+    for (near, alone), (_, high, led) in zip(both, bounds, strict=True):
+        _look_up(near, alone[led & (high * (1 + 4 * _TIE) >= certain)], spacing)
+    return both[0][0], both[1][0]
+
+
+def _leaders(points: NDArray[np.intp]) -> NDArray[np.intp]:
+    """For every one of N points `(N, n)` the number of a point of the same cell, the same one for all of a cell."""
+    if not len(points):
+        return np.zeros(0, dtype=np.intp)
+    cells = (points - points.min(axis=0)) // _CELL
+    shape = cells.max(axis=0) + 1
+    keys = np.ravel_multi_index(tuple(cells.T), tuple(shape))
+    leaders = np.empty(math.prod(shape.tolist()), dtype=np.intp)  # only the cells of points are ever touched
+    leaders[keys] = np.arange(len(points))
+    return leaders[keys]
 
 
 def _settle_ties(near: _Nearest, value: float, spacing: NDArray[np.float64], settled: dict[bytes, float]) -> None:
@@ -125,13 +175,13 @@ def _hd95(forth: _Nearest, back: _Nearest, spacing: NDArray[np.float64]) -> floa
     """95th percentile of the pooled distances."""
     if np.any(spacing != np.rint(spacing)):  # integers square, add up and compare without rounding
         pool = np.hstack((forth.distances, back.distances))
-        below = math.floor((len(pool) - 1) * 0.95)
+        below = math.floor((len(pool) - 1) * (_PERCENTILE / 100))
         ranks = [below, min(below + 1, len(pool) - 1)]  # the two values that the percentile interpolates between
         settled: dict[bytes, float] = {}
         for value in set(np.partition(pool, ranks)[ranks].tolist()):
             _settle_ties(forth, value, spacing, settled)
             _settle_ties(back, value, spacing, settled)
-    return float(np.percentile(np.hstack((forth.distances, back.distances)), 95))
+    return float(np.percentile(np.hstack((forth.distances, back.distances)), _PERCENTILE))
 
 
 def _assd(forth: _Nearest, back: _Nearest) -> float:
@@ -160,21 +210,32 @@ def _steps(spacing: Spacing, ndim: int) -> NDArray[np.float64]:
     return steps
 
 
-def _distances(pred: ArrayLike, ref: ArrayLike, spacing: Spacing) -> tuple[_Nearest, _Nearest, NDArray[np.float64]] | None:
-    """Both directed surface distances and the steps they were measured with; None where a mask is empty."""
+def _surfaces(pred: ArrayLike, ref: ArrayLike, spacing: Spacing) -> tuple[_Surface, _Surface, NDArray[np.float64]] | None:
+    """Both surfaces and the steps to measure with; None where a mask is empty."""
     masks = _masks(pred, ref)
     steps = _steps(spacing, masks[0].ndim)
     windows = [find_objects(mask.view(np.uint8), max_label=1)[0] for mask in masks]
     if None in windows:
         return None
     first, second = (_surface(mask[window], window, mask.shape) for mask, window in zip(masks, windows, strict=True))
-    return _nearest(first, second, steps), _nearest(second, first, steps), steps
+    return first, second, steps
+
+
+def _distances(pred: ArrayLike, ref: ArrayLike, spacing: Spacing) -> tuple[_Nearest, _Nearest] | None:
+    """Both directed surface distances; None where a mask is empty."""
+    both = _surfaces(pred, ref, spacing)
+    return (_nearest(*both), _nearest(both[1], both[0], both[2])) if both else None
 
 
 def dice(pred: ArrayLike, ref: ArrayLike) -> float:
     """Dice coefficient 2|A and B| / (|A| + |B|) of two boolean arrays of one shape, in [0, 1].
 
     0 where exactly one mask is empty, NaN where both are. Raises ValueError where the shapes differ.
+
+    Example:
+        >>> from pgsam.metrics import dice
+        >>> dice([1, 1, 0, 0], [0, 1, 1, 0])  # one pixel in common, two and two in all
+        0.5
     """
     first, second = _masks(pred, ref)
     return _dice(*(int(np.count_nonzero(mask)) for mask in (first & second, first, second)))
@@ -221,15 +282,23 @@ def hd95(pred: ArrayLike, ref: ArrayLike, spacing: Spacing = None) -> float:
 
     `spacing` is one number or one an axis in array order, and the result is in its unit; None measures in voxels. NaN where a mask is
     empty. Raises ValueError where the shapes differ or the spacing does not fit them.
+
+    Example:
+        >>> import numpy as np
+        >>> from pgsam.metrics import hd95
+        >>> pred, ref = np.zeros((2, 4, 8), dtype=bool), np.zeros((2, 4, 8), dtype=bool)
+        >>> pred[0, 1, 2] = ref[0, 1, 5] = True
+        >>> hd95(pred, ref), hd95(pred, ref, spacing=(5.0, 0.5, 0.5))
+        (3.0, 1.5)
     """
-    both = _distances(pred, ref, spacing)
-    return _hd95(*both) if both else math.nan
+    both = _surfaces(pred, ref, spacing)
+    return _hd95(*_farthest(*both), both[2]) if both else math.nan
 
 
 def assd(pred: ArrayLike, ref: ArrayLike, spacing: Spacing = None) -> float:
     """Average symmetric surface distance: the mean of the pooled distances, as in MedPy 0.5. Arguments, NaN and errors as in `hd95`."""
     both = _distances(pred, ref, spacing)
-    return _assd(*both[:2]) if both else math.nan
+    return _assd(*both) if both else math.nan
 
 
 def nsd(pred: ArrayLike, ref: ArrayLike, tolerance: float, spacing: Spacing = None) -> float:
@@ -294,7 +363,7 @@ def _one_class(
     shape = volumes[0].shape
     masks = [None if window is None else volume[window] == label for volume, window in zip(volumes, windows, strict=True)]
     n_pred, n_ref = (0 if mask is None else int(np.count_nonzero(mask)) for mask in masks)
-    row: dict[str, float] = dict.fromkeys(PROTOCOL_METRICS["strict"], math.nan) | {"n_pred": n_pred, "n_ref": n_ref}
+    row: dict[str, float] = dict.fromkeys(CLASS_METRICS, math.nan) | {"n_pred": n_pred, "n_ref": n_ref}
     (first_mask, second_mask), (first_window, second_window) = masks, windows
     if first_mask is None or second_mask is None or first_window is None or second_window is None:
         row["dsc"] = _dice(0, n_pred, n_ref)
@@ -307,167 +376,9 @@ def _one_class(
     row["dsc"] = _dice(n_both, n_pred, n_ref)
     first, second = _surface(first_mask, first_window, shape), _surface(second_mask, second_window, shape)  # one for voxels and mm
     unit = np.ones(len(shape))
-    row["hd95_vox"] = _hd95(_nearest(first, second, unit), _nearest(second, first, unit), unit)
+    row["hd95_vox"] = _hd95(*_farthest(first, second, unit), unit)
     if steps is not None:
         forth, back = _nearest(first, second, steps), _nearest(second, first, steps)
         row["hd95_mm"] = row["hd95_mm_penalised"] = _hd95(forth, back, steps)
         row["assd_mm"] = _assd(forth, back)
     return row
-
-
-# ---------------------------------------------------------------------------------------------------------------- protocols
-
-
-def strict(table: CaseTable) -> dict[str, dict[str, float]]:
-    """The values of one case (organ -> `class_metrics` row) that enter the means, as measured.
-
-    A class in neither mask is undefined in every metric; with exactly one mask empty Dice is 0 and the distances are undefined, except
-    `hd95_mm_penalised`, which is the volume's diagonal. Undefined values are NaN and left out of the means, and counted.
-    """
-    return {organ: {metric: _number(row[metric]) for metric in PROTOCOL_METRICS["strict"]} for organ, row in table.items()}
-
-
-def transunet(table: CaseTable) -> dict[str, dict[str, float]]:
-    """The values of one case under the convention of TransUNet's and SAMed's released test code, kept because published tables use it.
-
-    A predicted class without reference counts as Dice 1 and HD95 0, a class that is not predicted as Dice 0 and HD95 0, whether or not
-    it is in the reference. HD95 is in voxels: that code passes no spacing.
-    """
-    values = {}
-    for organ, row in table.items():
-        if row["n_pred"] and row["n_ref"]:
-            values[organ] = {metric: _number(row[metric]) for metric in PROTOCOL_METRICS["transunet"]}
-        else:
-            values[organ] = {"dsc": 1.0 if row["n_pred"] else 0.0, "hd95_vox": 0.0}
-    return values
-
-
-PROTOCOLS: dict[str, Callable[[CaseTable], dict[str, dict[str, float]]]] = {"strict": strict, "transunet": transunet}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)  # null, as read back from metrics.json
-
-
-def summarise(
-    cases: Mapping[str, CaseTable], organs: Sequence[str], protocol: str, n_resamples: int = 1000, seed: int = 0
-) -> dict[str, dict[str, Any]]:
-    """Means over cases with bootstrap intervals, per organ and over organs, ready for strict JSON (undefined is None).
-
-    Args:
-        cases: case -> organ -> row of `class_metrics` (None counts as NaN). The order of the cases does not matter.
-        organs: the organs to report, in the order of the table; every case must hold each of them.
-        protocol: `strict` or `transunet`.
-        n_resamples: bootstrap resamples.
-        seed: of the resampling.
-
-    Returns `{"organs": {organ: {metric: cell, "n_missed": int, "n_false_positive": int}}, "mean": {metric: cell}}` with cells
-    `{"mean", "ci95": [lo, hi], "n", "n_undefined"}`. `n` and `n_undefined` count the values that are and are not defined: cases for an
-    organ, pairs of case and organ under "mean". That mean is the mean over organs of the organs' means over cases (SAMed's order of
-    averaging); organs without any defined value stay out of it. `n_missed` counts cases with a reference and no prediction,
-    `n_false_positive` the reverse.
-
-    `ci95` is the 2.5 to 97.5 percentile interval over resampled cases, the same resamples for all organs and metrics. A resample in which
-    the value is undefined is left out; for the mean over organs that is one in which any of the averaged organs has no defined value. With
-    one defined value every resample is that value, [v, v]; `ci95` is None where no resample is defined.
-
-    Raises ValueError on an unknown protocol, no cases, no organs, or a case without one of the organs.
-    """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}, expected one of {', '.join(PROTOCOLS)}")
-    if not cases or not organs:
-        raise ValueError("summarise needs at least one case and one organ")
-    names = sorted(cases)
-    for name in names:
-        if missing := [organ for organ in organs if organ not in cases[name]]:
-            raise ValueError(f"case {name} has no metrics for {', '.join(missing)}")
-    tables = [PROTOCOLS[protocol](cases[name]) for name in names]
-    weights = bootstrap_weights(len(names), n_resamples, seed)
-
-    by_organ: dict[str, dict[str, Any]] = {organ: {} for organ in organs}
-    overall: dict[str, Any] = {}
-    for metric in PROTOCOL_METRICS[protocol]:
-        values = np.array([[table[organ][metric] for organ in organs] for table in tables])  # (cases, organs)
-        cells, overall[metric] = summary_cells(values, weights)
-        for organ, cell in zip(organs, cells, strict=True):
-            by_organ[organ][metric] = cell
-    for organ in organs:
-        counts = [(bool(cases[name][organ]["n_pred"]), bool(cases[name][organ]["n_ref"])) for name in names]
-        by_organ[organ]["n_missed"] = counts.count((False, True))
-        by_organ[organ]["n_false_positive"] = counts.count((True, False))
-    return {"organs": by_organ, "mean": overall}
-
-
-def bootstrap_weights(n_cases: int, n_resamples: int = 1000, seed: int = 0) -> NDArray[np.float64]:
-    """How often each resample holds each case, `(n_resamples, n_cases)`: the same for every table of as many cases, so that tables can be paired."""
-    draws = np.random.default_rng(seed).integers(0, n_cases, size=(n_resamples, n_cases))
-    weights = np.zeros((n_resamples, n_cases))
-    np.add.at(weights, (np.arange(n_resamples)[:, None], draws), 1)
-    return weights
-
-
-def resampled_means(values: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp]]:
-    """Means over cases of values `(cases, organs)`, NaN left out: all `(organs,)`, of each resample `(resamples, organs)`; and their counts."""
-    defined = ~np.isnan(values)
-    n = defined.sum(axis=0)
-    sums = np.where(defined, values, 0.0)
-    with np.errstate(invalid="ignore"):  # 0 / 0: no defined value
-        return sums.sum(axis=0) / n, (weights @ sums) / (weights @ defined), n
-
-
-def summary_cells(values: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Cells as in `summarise`, of each organ and of the mean over organs, from values `(cases, organs)` and `bootstrap_weights`."""
-    means, resampled, n = resampled_means(values, weights)
-    cells = [_cell(means[i], resampled[:, i], int(n[i]), len(values)) for i in range(len(n))]
-    known = n > 0
-    if not known.any():
-        return cells, _cell(math.nan, np.empty(0), 0, values.size)
-    overall = resampled[:, known].mean(axis=1)  # NaN where an organ is undefined
-    return cells, _cell(means[known].mean(), overall, int(n.sum()), values.size)
-
-
-def _cell(mean: float, resampled: NDArray[np.float64], n: int, total: int) -> dict[str, Any]:
-    resampled = resampled[~np.isnan(resampled)]
-    interval = np.percentile(resampled, [2.5, 97.5]).tolist() if len(resampled) else None
-    return {"mean": None if math.isnan(mean) else float(mean), "ci95": interval, "n": n, "n_undefined": total - n}
-
-
-_COLUMNS = {  # title, factor, decimals
-    "dsc": ("DSC [0-100]", 100.0, 2),
-    "hd95_vox": ("HD95 [voxels]", 1.0, 2),
-    "hd95_mm": ("HD95 [mm]", 1.0, 2),
-    "hd95_mm_penalised": ("HD95 penalised [mm]", 1.0, 2),
-    "assd_mm": ("ASSD [mm]", 1.0, 2),
-}
-
-
-def format_table(summary: Mapping[str, Mapping[str, Any]], protocol: str) -> str:
-    """The summary of one protocol as text: a line an organ and one for the mean over organs, "-" where undefined.
-
-    The header names the protocol and the units: Dice in points of 100, HD95 in voxels or mm, each with its 95 % interval over cases.
-    `n` is the number of values behind the Dice; `missed` and `false pos.` count cases (reference without prediction, and the reverse).
-    """
-    metrics = PROTOCOL_METRICS[protocol]
-    rows = [["organ", *(_COLUMNS[metric][0] for metric in metrics), "n", "missed", "false pos."]]
-    for organ, cells in summary["organs"].items():
-        counts = [str(cells["dsc"]["n"]), str(cells["n_missed"]), str(cells["n_false_positive"])]
-        rows.append([organ, *(_print_cell(cells[metric], metric) for metric in metrics), *counts])
-    totals = [str(sum(cells[key] for cells in summary["organs"].values())) for key in ("n_missed", "n_false_positive")]
-    mean = summary["mean"]
-    rows.append(["mean", *(_print_cell(mean[metric], metric) for metric in metrics), str(mean["dsc"]["n"]), *totals])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    rule = "-" * len(lines[0])
-    units = "; ".join(_COLUMNS[metric][0] for metric in metrics)
-    title = f"protocol: {protocol} ({units}; mean and 95 % bootstrap interval over cases)"
-    return "\n".join([title, lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
-def _print_cell(cell: Mapping[str, Any], metric: str) -> str:
-    _, factor, decimals = _COLUMNS[metric]
-    if cell["mean"] is None:
-        return "-"
-    interval = ""
-    if cell["ci95"] is not None and cell["ci95"][0] < cell["ci95"][1]:  # of one value there is no spread to print
-        interval = " [{:.{d}f}, {:.{d}f}]".format(*(factor * end for end in cell["ci95"]), d=decimals)
-    return f"{factor * cell['mean']:.{decimals}f}{interval}"

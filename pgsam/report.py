@@ -14,34 +14,22 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pgsam.box_plot import Group, box_plot, ticks_up_to
 from pgsam.overlay import Colour, SlicePicture
+from pgsam.protocols import SHOWN, Shown
 from pgsam.volume_io import replacing
 
 _UNKNOWN_COLOUR = (128, 128, 128)
 
 
-class _Metric(NamedTuple):
-    """How a metric of metrics.json is shown: its value times `factor`, with `decimals`."""
-
-    title: str
-    unit: str
-    factor: float = 1.0
-    decimals: int = 2
-
-
 _METRICS = {
-    "dsc": _Metric("DSC", "0-100", 100.0),
-    "hd95_mm": _Metric("HD95", "mm"),
-    "hd95_mm_penalised": _Metric("HD95 penalised", "mm"),
-    "hd95_vox": _Metric("HD95", "voxels"),
-    "assd_mm": _Metric("ASSD", "mm"),
-    "n_pred": _Metric("predicted", "voxels", decimals=0),
-    "n_ref": _Metric("reference", "voxels", decimals=0),
-    "n_missed": _Metric("missed", "cases", decimals=0),
-    "n_false_positive": _Metric("false positive", "cases", decimals=0),
+    **SHOWN,
+    "n_pred": Shown("predicted", "voxels", decimals=0),
+    "n_ref": Shown("reference", "voxels", decimals=0),
+    "n_missed": Shown("missed", "cases", decimals=0),
+    "n_false_positive": Shown("false positive", "cases", decimals=0),
 }
 _PROTOCOLS = {
     "strict": "Values as measured. An organ in neither the reference nor the prediction of a case is undefined there; with one of the two empty "
@@ -274,9 +262,8 @@ def _box_plots(cases: Mapping[str, Any], organs: Sequence[str], colours: Mapping
             values = {name: case[organ][metric] for name, case in cases.items() if case[organ][metric] is not None}
             groups.append(Group(organ, colours.get(organ, _UNKNOWN_COLOUR), values, len(cases) - len(values)))
         ticks = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0] if metric == "dsc" else ticks_up_to(max((v for g in groups for v in g.values.values()), default=0))
-        title = f"{kind.title} [{kind.unit}]"
-        plot = box_plot(groups, metric=metric, title=f"{title} of every case, by organ", ticks=ticks, factor=kind.factor, decimals=kind.decimals)
-        parts.append(f"<figure><figcaption><strong>{title}</strong></figcaption>\n{plot}\n</figure>")
+        plot = box_plot(groups, metric=metric, title=f"{kind.head} of every case, by organ", ticks=ticks, factor=kind.factor, decimals=kind.decimals)
+        parts.append(f"<figure><figcaption><strong>{kind.head}</strong></figcaption>\n{plot}\n</figure>")
     return [*parts, "</div>"]
 
 
