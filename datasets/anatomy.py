@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from datasets.courses import COURSES
 from datasets.implicit import (
     Paint,
     Point,
@@ -28,61 +29,13 @@ from datasets.implicit import (
     smooth_curve,
     smooth_max,
     smooth_min,
+    squircle,
     tube_field,
     within,
 )
 from pgsam.errors import UserError
 
 FAT_HU, LUNG_HU = -102.0, -860.0
-
-# Courses of tubes in an average patient: control points (x, y, z, radius), reference mm.
-# fmt: off
-_PATHS: dict[str, Tube] = {
-    # unlabelled surroundings; the muscles are those of the left side, and z of the ligamentum teres, the porta hepatis and the gallbladder
-    # counts from the lower surface of the liver in the midline
-    "psoas": [(25, -36, 25, 5), (31, -34, 0, 11), (38, -32, -35, 17), (45, -26, -80, 22), (50, -20, -120, 24)],
-    "quadratus lumborum": [(52, -58, 30, 7), (60, -57, -10, 11), (68, -54, -60, 14), (72, -52, -110, 15)],
-    "diaphragmatic crus": [(14, -13, 100, 4.5), (15, -10, 60, 5), (15, -8, 30, 4.5), (12, -9, -10, 3)],
-    "ascending colon": [(-92, 22, -125, 22), (-96, 14, -80, 23), (-97, 12, -45, 21), (-88, 30, -22, 19)],
-    "transverse colon": [(-84, 40, -22, 18), (-55, 58, -34, 17), (-10, 66, -42, 17), (35, 64, -30, 17), (75, 50, 2, 16), (98, 20, 38, 15)],
-    "descending colon": [(104, 8, 40, 14), (108, -12, 0, 13), (107, -12, -40, 12), (102, -4, -125, 13)],
-    "duodenum": [(-32, 38, 12, 12), (-46, 30, 2, 13), (-50, 14, -22, 13), (-38, 4, -46, 12), (-8, 7, -52, 11), (22, 12, -40, 11),
-                 (36, 24, -32, 11)],
-    "ligamentum teres": [(10, 86, 0, 3.0), (6, 66, 12, 3.4), (0, 44, 22, 3.2), (-8, 30, 26, 3.0)],
-    "porta hepatis": [(-18, 22, 6, 8.0), (-32, 18, 16, 7.0), (-42, 16, 20, 5.0)],
-    # inside the liver
-    "right hepatic vein": [(-24, 8, 100, 5.0), (-50, -4, 92, 4.2), (-82, -8, 72, 3.2), (-105, -14, 48, 2.0)],
-    "middle hepatic vein": [(-22, 14, 100, 4.8), (-36, 32, 88, 4.0), (-55, 52, 66, 3.0), (-66, 62, 42, 1.8)],
-    "left hepatic vein": [(-18, 14, 102, 4.2), (8, 34, 94, 3.4), (34, 50, 84, 2.4), (50, 56, 78, 1.6)],
-    "anterior portal branch": [(-30, 18, 52, 6.0), (-52, 16, 56, 5.0), (-78, 26, 62, 3.5), (-100, 36, 68, 2.0)],
-    "posterior portal branch": [(-52, 16, 56, 4.5), (-74, 2, 44, 3.4), (-94, -8, 26, 2.2), (-104, -8, 8, 1.5)],
-    "left portal branch": [(-30, 18, 52, 5.0), (-8, 32, 62, 4.2), (12, 42, 72, 3.0), (34, 52, 78, 1.8)],
-    # labelled organs
-    "gallbladder": [(-34, 28, -9, 5.5), (-42, 38, -20, 12.0), (-50, 47, -33, 16.0), (-54, 54, -44, 15.5)],
-    "stomach": [(54, -2, 98, 25), (61, 6, 82, 32), (65, 26, 58, 29), (56, 48, 34, 25), (26, 59, 9, 20), (-4, 55, 2, 16), (-27, 42, 10, 10)],
-    "pancreas": [(-30, 10, -24, 13.5), (-27, 20, -8, 17.5), (-14, 27, 6, 11.5), (6, 31, 16, 12), (28, 26, 25, 13.5), (50, 12, 35, 13.5),
-                 (74, -3, 47, 11.5)],
-    "esophagus": [(10, -2, 190, 8), (14, 0, 140, 8.5), (18, 4, 112, 8.5), (28, 8, 98, 8), (38, 6, 90, 7)],
-    "aorta": [(20, -24, 190, 11), (17, -16, 140, 11), (12, -6, 80, 10.5),
-              (8, 0, 30, 10), (7, 0, -20, 9), (4, 0, -72, 8.5), (3, 0, -125, 7.5)],
-    "inferior vena cava": [(-22, 2, -125, 9.5), (-24, 1, -60, 9.5), (-25, 3, 0, 10.5), (-24, 6, 45, 10.5), (-23, 12, 80, 11),
-                           (-20, 22, 112, 12), (-16, 28, 135, 12)],
-    "splenic vein": [(84, -6, 50, 3.8), (56, 5, 33, 4.4), (28, 18, 22, 4.9), (4, 20, 12, 5.4), (-12, 18, 10, 6.5)],
-    "portal vein": [(-12, 18, 10, 7.0), (-20, 19, 28, 7.4), (-28, 19, 45, 7.2), (-38, 18, 56, 6.0)],
-    "right adrenal gland": [(-29, -7, 60, 4.0), (-29, -15, 46, 3.8), (-30, -28, 32, 3.2)],
-    "right adrenal limb": [(-30, -8, 54, 3.6), (-43, -19, 36, 3.0)],
-    "left adrenal gland": [(35, 0, 60, 4.0), (32, -10, 48, 3.8), (28, -24, 34, 3.2)],
-    "left adrenal limb": [(36, -2, 54, 3.6), (49, -15, 42, 3.0)],
-    # vessels that BTCV does not label
-    "superior mesenteric vein": [(-12, 18, 12, 6.0), (-12, 22, -15, 5.6), (-12, 28, -60, 5.0), (-10, 32, -125, 4.0)],
-    "superior mesenteric artery": [(8, 6, 14, 3.8), (6, 15, 0, 3.6), (2, 22, -25, 3.4), (0, 28, -70, 3.0), (0, 30, -125, 2.5)],
-    "celiac trunk": [(10, 4, 30, 3.8), (8, 14, 32, 3.2), (-8, 20, 34, 2.4)],
-    "right renal vein": [(-24, 0, 0, 4.5), (-40, -8, -8, 4.2), (-54, -16, -10, 3.6)],
-    "left renal vein": [(-22, 4, 6, 4.2), (6, 13, 6, 4.2), (34, 0, 8, 4.2), (54, -16, 8, 3.6)],
-    "right renal artery": [(8, 0, 2, 3.0), (-20, -12, -4, 2.8), (-54, -18, -8, 2.5)],
-    "left renal artery": [(8, 0, 2, 3.0), (30, -10, 6, 2.8), (54, -18, 8, 2.5)],
-}
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -131,11 +84,11 @@ class _Draw:
         mirror: float = 1.0,
         up: float = 0.0,
     ) -> np.ndarray:
-        """Samples the curve of a course (a name in `_PATHS`, or points) after moving, bending and swelling it at random.
+        """Samples the curve of a course (a name in `COURSES`, or points) after moving, bending and swelling it at random.
 
         `move` and `bend` are bounds in mm, `swell` in parts of the radius; `mirror` -1 changes sides first, `up` lifts by mm.
         """
-        p = np.array(_PATHS[course] if isinstance(course, str) else course, np.float64) * (mirror, 1, 1, 1) + (0, 0, up, 0)
+        p = np.array(COURSES[course] if isinstance(course, str) else course, np.float64) * (mirror, 1, 1, 1) + (0, 0, up, 0)
         p[:, :3] += self.rng.uniform(-move, move, 3) + self.rng.uniform(-bend, bend, (len(p), 3))
         p[:, 3] *= self.size * (1 + self.rng.uniform(-swell, swell)) * (1 + self.rng.uniform(-swell / 2, swell / 2, len(p)))
         return smooth_curve(p, steps)
@@ -175,6 +128,12 @@ def _hollow(wall_hu: float, wall_mm: float, content_hu: float, level_y: float, r
         return wall_hu + coverage(values + np.float32(wall_mm), space) * (content - wall_hu)
 
     return paint
+
+
+def trunk_surface(space: Space, fat_mm: Point = (0.0, 0.0, 0.0)) -> np.ndarray:
+    """About the distance to the muscular wall of the trunk, or to the skin over `fat_mm` in front, at the sides and at the back."""
+    front, sides, back = fat_mm
+    return squircle(space.x, space.y, 142.0 + sides, 95.0 + front, -98.0 - back, 0.4)
 
 
 def diaphragm(x: np.ndarray, y: np.ndarray, z: np.ndarray, rise: float) -> np.ndarray:
@@ -259,7 +218,7 @@ def _side_branches(rng: np.random.Generator) -> list[Tube]:
     twigs: list[Tube] = []
     for trunk in ("right hepatic vein", "middle hepatic vein", "anterior portal branch", "posterior portal branch"):
         for _ in range(3):
-            x, y, z, radius = _PATHS[trunk][int(rng.integers(1, 3))]
+            x, y, z, radius = COURSES[trunk][int(rng.integers(1, 3))]
             dx, dy, dz = rng.uniform(-34, 34, 3).tolist()
             ex, ey, ez = rng.uniform(-4, 4, 3).tolist()
             middle = (x + dx / 2 + ex, y + dy / 2 + ey, z + dz / 2 + ez, 2.0)
@@ -284,7 +243,7 @@ def _liver(draw: _Draw, girth: float) -> list[Structure]:
     hu = _textured(draw.hu(plain, contrast), 3.0)
     blood = draw.hu(41, 108)
     structures = [Structure("liver", liver, hu, (-150.0, -110.0, -75.0), (125.0, 110.0, 150.0), label=6)]
-    trunks: list[str | Tube] = [name for name in _PATHS if name.endswith(("hepatic vein", "portal branch"))]
+    trunks: list[str | Tube] = [name for name in COURSES if name.endswith(("hepatic vein", "portal branch"))]
     for course in [*trunks, *_side_branches(rng)]:
         vessel = draw.organ("liver vessel", draw.tube(course, 2.0, 3.0, 0.15), blood, label=None)
         structures.append(replace(vessel, field=within(vessel.field, liver, 2.0)))

@@ -5,10 +5,6 @@ or not the list of the training names each of them, since what is measured is th
 """
 
 import dataclasses
-import re
-import zipfile
-import zlib
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +13,14 @@ from typing import Any
 import numpy as np
 
 from datasets.layout import DataFolder, case_of, read_names
-from datasets.slices import read_slice
-from datasets.volumes import Case, read_case
+from datasets.slices import read_slice, slices_of_cases
+from datasets.volumes import Case, make_case, read_case
 from pgsam.errors import UserError
-from pgsam.volume import Volume, corner_distance_mm, from_attributes, spacing_of, take_slice
+from pgsam.formats.arrays import DAMAGE
+from pgsam.volume import GRID_TOLERANCE_MM, Volume, corner_distance_mm, from_attributes, take_slice
 
-_SLICE_FILE = re.compile(r"(?P<case>.+)_slice(?P<number>\d+)\.npz")
 _GEOMETRY = ("spacing", "origin", "direction")
 _COMMON = ("source_orientation", "image_kind", "window")  # what all slices of a case have alike
-_TOLERANCE_MM = 1e-2
-_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # what numpy raises on damaged entries
 
 
 @dataclass(frozen=True)
@@ -128,7 +122,7 @@ def listed_cases(folder: DataFolder, path: Path) -> tuple[HeldOutCase, ...]:
 def named_cases(folder: DataFolder, names: Sequence[str], source: Path) -> tuple[HeldOutCase, ...]:
     """As `listed_cases`, of names that `source` gave."""
     listed = set(folder.cases())
-    volumes, on_disk = folder.files.parent / "test_vol_h5", _slices_on_disk(folder.files)
+    volumes, on_disk = folder.files.parent / "test_vol_h5", slices_of_cases(folder.files)
     cases, unknown = [], []
     for name in names:
         volume = volumes / f"{name}.npy.h5"
@@ -162,7 +156,7 @@ def hold_out_share(folder: DataFolder, share: float, seed: int) -> tuple[DataFol
         )
     drawn = {patients[i] for i in np.random.default_rng(seed).permutation(len(patients))[:count]}
     names = [case for case in folder.cases() if folder.patient_of(case) in drawn]
-    on_disk = _slices_on_disk(folder.files)
+    on_disk = slices_of_cases(folder.files)
     cases = tuple(_case_of_slices(folder, name, on_disk) for name in names)
     chosen = tuple(sorted(drawn))
     return _without(folder, names), HeldOut(cases, chosen, len(patients), f"--val_share {share:g}", patients_of_tests(folder, chosen))
@@ -187,20 +181,10 @@ def patients_of_tests(folder: DataFolder, patients: Iterable[str]) -> tuple[str,
     return tuple(sorted(set(patients) & {folder.patient_of(name) for name in read_names(tests)}))
 
 
-def _slices_on_disk(files: Path) -> dict[str, dict[int, Path]]:
-    """Case -> number -> file, of every slice in a folder."""
-    found: dict[str, dict[int, Path]] = defaultdict(dict)
-    for path in sorted(files.iterdir()):
-        match = _SLICE_FILE.fullmatch(path.name)
-        if match and not path.name.startswith("."):  # what a killed preprocessing left
-            found[match["case"]][int(match["number"])] = path
-    return found
-
-
-def _case_of_slices(folder: DataFolder, name: str, on_disk: Mapping[str, Mapping[int, Path]]) -> HeldOutCase:
+def _case_of_slices(folder: DataFolder, name: str, on_disk: Mapping[str, Mapping[int, str]]) -> HeldOutCase:
     """A case of slices, after a check that none is missing between the first and the last, nor any that list or manifest know of."""
     found = on_disk.get(name, {})
-    absent = [listed for listed in folder.names if case_of(listed) == name and folder.files / f"{listed}.npz" not in found.values()]
+    absent = [listed for listed in folder.names if case_of(listed) == name and listed not in found.values()]
     if absent:
         raise UserError(
             f"{folder.files / absent[0]}.npz: {absent[0]} is in the list but has no file; run the preprocessing again or correct the list"
@@ -214,7 +198,7 @@ def _case_of_slices(folder: DataFolder, name: str, on_disk: Mapping[str, Mapping
             f"{folder.files} ({name}): expected the slices {wanted[0]} to {wanted[-1]} for a whole validation volume, found {len(found)}, {what}; "
             "run the preprocessing again, or validate on another case"
         )
-    return HeldOutCase(name, tuple(found[number] for number in wanted))
+    return HeldOutCase(name, tuple(folder.files / f"{found[number]}.npz" for number in wanted))
 
 
 def join_slices(paths: Iterable[Path], name: str, num_classes: int) -> Case:
@@ -235,28 +219,18 @@ def join_slices(paths: Iterable[Path], name: str, num_classes: int) -> Case:
         if unlike:
             raise UserError(f"{path} ({name}): expected the same {unlike[0]} as in {first.name}, found another; make the case again")
     images, labels = (np.stack(arrays) for arrays in zip(*((image, label) for _, image, label, _ in slices), strict=True))
-    geometry = from_attributes(entries, images if images.ndim == 3 else images[:, 0], str(first))
-    if geometry is not None:
+    case = make_case(name, images if images.ndim == 3 else np.ascontiguousarray(np.moveaxis(images, 1, -1)), labels, entries, first)
+    if case.geometry is not None:
         for index, (path, _, other, told) in enumerate(slices):
             place = from_attributes(told, other, str(path))
             assert place is not None  # it has the entries that the first slice has
-            distance = corner_distance_mm(take_slice(geometry, index), Volume(place.array, place.affine))
-            if distance > _TOLERANCE_MM:
+            distance = corner_distance_mm(take_slice(case.geometry, index), Volume(place.array, place.affine))
+            if distance > GRID_TOLERANCE_MM:
                 raise UserError(
                     f"{path} ({name}): expected slice {index} of the stack that begins with {first.name}, found it {distance:.3g} mm off that place; "
                     "make the case again"
                 )
-    window = entries.get("window")
-    return Case(
-        name,
-        images if images.ndim == 3 else np.ascontiguousarray(np.moveaxis(images, 1, -1)),
-        labels,
-        geometry,
-        source_orientation=_text(entries.get("source_orientation")),
-        spacing_mm=geometry.spacing_mm if geometry is not None else spacing_of(entries, str(first)),
-        image_kind=_text(entries.get("image_kind")),
-        window=None if window is None else tuple(np.asarray(window).ravel().tolist()),
-    )
+    return case
 
 
 def _entries(path: Path, name: str) -> dict[str, Any]:
@@ -264,10 +238,5 @@ def _entries(path: Path, name: str) -> dict[str, Any]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in (*_GEOMETRY, *_COMMON) if key in archive}
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"{path} ({name}): expected plain geometry entries, found damaged ones ({error}); make it again") from error
-
-
-def _text(value: Any) -> str | None:
-    """An entry that is text, which numpy gives as an array."""
-    return None if value is None else str(value)

@@ -143,12 +143,11 @@ def tube_field(points: np.ndarray) -> Field:
     return evaluate
 
 
-def kept_inside(make: Field, inset_mm: float, radius: float = 6.0, below_diaphragm: bool = True) -> Field:
+def kept_inside(make: Field, inset_mm: float, radius: float = 6.0) -> Field:
     """Keeps a field inside the abdominal wall, and below the diaphragm."""
 
     def evaluate(space: Space) -> np.ndarray:
-        wall = np.maximum(space.cavity, space.dome) if below_diaphragm else space.cavity
-        return smooth_max(make(space), wall + np.float32(inset_mm), radius)
+        return smooth_max(make(space), np.maximum(space.cavity, space.dome) + np.float32(inset_mm), radius)
 
     return evaluate
 

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -68,6 +67,8 @@ _COLOURS = {
 }
 _SPELLINGS = {"oesophagus": "esophagus", "tumour": "tumor", "postcava": "inferior vena cava"}
 
+_BLOCK = 1 << 18  # labels that are looked up at a time, so that they stay in the cache
+
 
 @dataclass(frozen=True)
 class LabelMap:
@@ -105,6 +106,25 @@ class LabelMap:
             UserError: a value is not a whole number or not in the map. The message names value and map; the caller adds the file.
         """
         labels = np.asarray(labels)
+        whole = labels if labels.dtype == np.uint8 else _as_bytes(labels)
+        found = None if whole is None else self._look_up(whole)
+        return self._look_up_any(labels) if found is None else found
+
+    def _look_up(self, labels: np.ndarray) -> np.ndarray | None:
+        """The target labels of uint8, as bytes, which Python looks up faster than numpy; None if one is not in the map."""
+        targets = {0: 0} | {source: target for source, target in self.source_to_target.items() if 0 <= source < 256}
+        known = bytes(targets)
+        table = bytes(targets.get(source, self.default or 0) for source in range(256))
+        flat, found = labels.reshape(-1), np.empty(labels.size, np.uint8)
+        for start in range(0, labels.size, _BLOCK):
+            raw = flat[start : start + _BLOCK].tobytes()
+            if self.default is None and raw.translate(None, known):
+                return None
+            found[start : start + _BLOCK] = np.frombuffer(raw.translate(table), np.uint8)
+        return found.reshape(labels.shape)
+
+    def _look_up_any(self, labels: np.ndarray) -> np.ndarray:
+        """The target labels of any numbers, and the error that says which are unknown."""
         if labels.dtype.kind == "f":
             fractional = labels[~(np.isfinite(labels) & (labels == np.round(labels)))]
             if fractional.size:
@@ -127,6 +147,13 @@ class LabelMap:
             allowed = ", ".join(str(value) for value in sorted({0, *self.source_to_target}))
             raise UserError(f"unexpected label value {found}: label map '{self.name}' knows {allowed}; use the map of this dataset")
         return target_labels.astype(np.uint8)
+
+
+def _as_bytes(labels: np.ndarray) -> np.ndarray | None:
+    """The same values as uint8; None if one of them is not a whole number from 0 to 255."""
+    with np.errstate(invalid="ignore"):
+        whole = labels.astype(np.uint8)
+    return whole if np.array_equal(whole, labels) else None
 
 
 def identity_label_map(class_names: Sequence[str], name: str = "identity") -> LabelMap:
@@ -156,32 +183,15 @@ LABEL_MAPS: dict[str, LabelMap] = {
 }
 
 
-class DatasetLabels(NamedTuple):
-    """What `--dataset` settles: the label map of the raw files, and the number of foreground classes."""
-
-    label_map: LabelMap
-    num_classes: int
-
-
 DEFAULT_DATASET = "Synapse"  # of data that say nothing themselves
 
-DATASETS: dict[str, DatasetLabels] = {
-    dataset: DatasetLabels(LABEL_MAPS[name], LABEL_MAPS[name].num_classes)
-    for dataset, name in {
-        "Synapse": "synapse8",
-        "Synapse_12": "synapse12",
-        "BTCV": "btcv13",
-        "FLARE": "flare22",
-        "FLARE22": "flare22",
-    }.items()
+DATASETS = {  # `--dataset` -> the map of its raw files
+    "Synapse": LABEL_MAPS["synapse8"],
+    "Synapse_12": LABEL_MAPS["synapse12"],
+    "BTCV": LABEL_MAPS["btcv13"],
+    "FLARE": LABEL_MAPS["flare22"],
+    "FLARE22": LABEL_MAPS["flare22"],
 }
-
-
-def get_label_map(name: str) -> LabelMap:
-    """The registered map called `name`; a UserError lists the names there are."""
-    if name not in LABEL_MAPS:
-        raise UserError(f"unknown label map '{name}': expected one of {', '.join(LABEL_MAPS)}, or the path of a JSON file")
-    return LABEL_MAPS[name]
 
 
 def load_label_map(spec: str | Path) -> LabelMap:
@@ -192,18 +202,28 @@ def load_label_map(spec: str | Path) -> LabelMap:
 
     Raises:
         UserError: no such name or file, not JSON, a key missing or of the wrong kind, a target outside 0 .. K, a class without a source.
+
+    Example:
+        >>> import numpy as np
+        >>> from datasets.labels import load_label_map
+        >>> btcv = load_label_map("synapse8")
+        >>> btcv.apply(np.array([0, 5, 6, 11])).tolist()  # background, esophagus, liver, pancreas
+        [0, 0, 5, 8]
+        >>> btcv.class_names[5 - 1], btcv.class_names[8 - 1]
+        ('liver', 'pancreas')
     """
     path = Path(spec)
     if str(spec) in LABEL_MAPS:
         return LABEL_MAPS[str(spec)]
     if not path.is_file():
+        known = ", ".join(LABEL_MAPS)
         if path.suffix != ".json":
-            return get_label_map(str(spec))  # raises, and lists the names
-        raise UserError(f"{path}: label map not found; expected a JSON file or one of {', '.join(LABEL_MAPS)}")
+            raise UserError(f"unknown label map '{spec}': expected one of {known}, or the path of a JSON file")
+        raise UserError(f"{path}: label map not found; expected a JSON file or one of {known}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _unique_keys(path, pairs))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: label map is not valid JSON ({error})") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected a label map in valid JSON, found none ({error}); correct the file") from error
     return _parse_label_map(path, content)
 
 

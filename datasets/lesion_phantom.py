@@ -21,10 +21,10 @@ import numpy as np
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.anatomy import Patient, make_patient
-from datasets.implicit import Space, Structure, coverage, ellipsoid, smooth_max, smooth_min, squircle
-from datasets.phantom import DEFAULT_SHAPE, Phantom, render, write_las
-from pgsam.errors import Parser, reports_user_errors
+from datasets.anatomy import Patient, make_patient, trunk_surface
+from datasets.implicit import Space, Structure, coverage, ellipsoid, smooth_max, smooth_min
+from datasets.phantom import DEFAULT_SHAPE, Phantom, phantom_parser, render, write_pair
+from pgsam.errors import reports_user_errors
 
 LESION_LABEL = 255  # in the making; no BTCV id
 SMALLEST_MM, LARGEST_MM = 9.0, 30.0  # mean radius
@@ -43,7 +43,6 @@ def _mass(rng: np.random.Generator, patient: Patient) -> Structure:
     centre = np.array([rng.uniform(-95, 95), rng.uniform(-70, 65), rng.uniform(-30, 90)])
     lobes = [(rng.normal(0, 0.45 * radius, 3) if i else np.zeros(3), radius * rng.uniform(0.6, 1.1, 3)) for i in range(int(rng.integers(1, 5)))]
     waves = [(rng.normal(0, 1.6 / radius, 3), rng.uniform(0, 2 * np.pi)) for _ in range(6)]
-    front, sides, back = patient.fat_mm
 
     def field(space: Space) -> np.ndarray:
         values: np.ndarray | None = None
@@ -57,8 +56,7 @@ def _mass(rng: np.random.Generator, patient: Patient) -> Structure:
         for direction, phase in waves:
             a, b, c = direction.astype(np.float32)
             values = values + np.float32(0.05 * radius) * np.sin(a * space.x + b * space.y + c * space.z + np.float32(phase))
-        skin = squircle(space.x, space.y, 142.0 + sides, 95.0 + front, -98.0 - back, 0.4)
-        return smooth_max(values, skin + np.float32(6.0), 4.0)
+        return smooth_max(values, trunk_surface(space, patient.fat_mm) + np.float32(6.0), 4.0)
 
     reach = 2.2 * radius
     low, high = (tuple(float(c) for c in centre + side * reach) for side in (-1, 1))
@@ -92,25 +90,15 @@ def write_lesions(
     written = []
     for case in cases:
         phantom = make_lesion_phantom(case, shape, spacing_mm)
-        extent = [(count - 1) * step for count, step in zip(phantom.labels.shape, phantom.spacing_mm, strict=True)]
-        origin = (-extent[2] / 2, extent[1] / 2, 0.0)
-        paths = tuple(Path(root) / FOLDER / part / f"lesion{case:04d}.nii.gz" for part in ("imagesTr", "labelsTr"))
-        write_las(paths[0], phantom.image_hu, phantom.spacing_mm, origin)
-        write_las(paths[1], phantom.labels, phantom.spacing_mm, origin)
-        written.append((paths[0], paths[1]))
+        image, label = (Path(root) / FOLDER / part / f"lesion{case:04d}.nii.gz" for part in ("imagesTr", "labelsTr"))
+        write_pair(phantom, phantom.labels, image, label)
+        written.append((image, label))
     return written
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The program's flags."""
-    parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, required=True, help=f"folder that gets {FOLDER}/imagesTr and labelsTr")
-    parser.add_argument("--cases", type=int, nargs="+", required=True, help="case numbers, 0 to 9999")
-    parser.add_argument("--shape", type=int, nargs=3, default=DEFAULT_SHAPE, metavar=("D", "H", "W"), help="voxels (default: 40 256 256)")
-    parser.add_argument(
-        "--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="voxel size, mm (default: 200 x 384 x 384 mm divided by the shape)"
-    )
-    return parser
+    return phantom_parser(__doc__, f"folder that gets {FOLDER}/imagesTr and labelsTr")
 
 
 @reports_user_errors

@@ -88,7 +88,15 @@ def find_lesions(
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    return {stem_of(file): file for file in sorted(folder.iterdir()) if file.is_file() and suffix_of(file) and not file.name.startswith(".")}
+    """NAME -> file, of the scans or labels in a folder."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and suffix_of(file) and not file.name.startswith("."):
+            name = stem_of(file)
+            if name in found:
+                raise UserError(f"{file}: expected one file called {name}, found {found[name].name} too; take one out")
+            found[name] = file
+    return found
 
 
 def _pairs(folder: Path, channel: int | None) -> list[tuple[str, Path, Path]]:

@@ -15,7 +15,6 @@ L, A, S). Hence the liver lies at low W, the spine at low H.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,15 +22,16 @@ from pathlib import Path
 
 import numpy as np
 import scipy.fft
-import SimpleITK
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.anatomy import FAT_HU, Patient, diaphragm, make_patient
+from datasets.anatomy import FAT_HU, Patient, diaphragm, make_patient, trunk_surface
 from datasets.implicit import Point, Space, Structure, coverage, slope_of, squircle
 from datasets.labels import BTCV_NAMES, FLARE22_NAMES
 from pgsam.errors import Parser, UserError, reports_user_errors
+from pgsam.volume import affine_of
+from pgsam.volume_io import write_volume
 
 FIELD_OF_VIEW_MM = (200.0, 384.0, 384.0)
 DEFAULT_SHAPE = (40, 256, 256)
@@ -40,6 +40,7 @@ _CENTRE_Z_MM = 32.0  # the middle of the scanned range lies this far above L1/L2
 AIR_HU = -1000.0
 BTCV_LAYOUT = ("Training/img/img{:04d}.nii.gz", "Training/label/label{:04d}.nii.gz")
 FLARE22_LAYOUT = ("images/FLARE22_Tr_{:04d}_0000.nii.gz", "labels/FLARE22_Tr_{:04d}.nii.gz")
+_LAS = np.array([[0.0, 0.0, 1.0], [0.0, -1.0, 0.0], [1.0, 0.0, 0.0]])  # columns d, h, w in LPS: superior, anterior, left
 _FLARE22_IDS = np.array([0, *(FLARE22_NAMES.index(name) + 1 if name in FLARE22_NAMES else 0 for name in BTCV_NAMES)], dtype=np.uint8)  # by BTCV id
 
 
@@ -115,10 +116,9 @@ def _paint(hu: np.ndarray, labels: np.ndarray, space: Space, structure: Structur
 
 def _trunk(hu: np.ndarray, space: Space, patient: Patient) -> None:
     """Skin, fat, the muscular wall and the fat of the cavity: what everything else is painted on."""
-    front, sides, back = patient.fat_mm
     groove = 7.0 * np.exp(-((space.x / 15.0) ** 2)) * np.clip(-space.y / 70.0, 0.0, 1.0)
-    skin = squircle(space.x, space.y, 142.0 + sides, 95.0 + front, -98.0 - back, 0.4) + groove
-    wall = squircle(space.x, space.y, 142.0, 95.0, -98.0, 0.4) + groove
+    skin = trunk_surface(space, patient.fat_mm) + groove
+    wall = trunk_surface(space) + groove
     rng = patient.rng("wall")
     muscle, skin_hu = 52.0 + 8.0 * patient.enhancement + rng.uniform(-6, 4), rng.uniform(-20, 30)
     layers = np.clip(np.sin(wall * 0.9 + 0.5 * space.grain) - 0.4, 0.0, 1.0) * np.clip(np.abs(space.x) / 50.0 - 1.0, 0.0, 1.0)
@@ -196,26 +196,30 @@ def render(patient: Patient, shape: Sequence[int] = DEFAULT_SHAPE, spacing_mm: S
 
 
 def make_phantom(case: int, shape: Sequence[int] = DEFAULT_SHAPE, spacing_mm: Sequence[float] | None = None) -> Phantom:
-    """The phantom scan of a case number: `render(make_patient(case), shape, spacing_mm)`."""
+    """The phantom scan of a case number: `render(make_patient(case), shape, spacing_mm)`.
+
+    Example:
+        >>> from datasets.phantom import make_phantom
+        >>> phantom = make_phantom(1, shape=(4, 32, 32))
+        >>> phantom.image_hu.dtype, phantom.labels.dtype, phantom.spacing_mm  # a field of view of 200 x 384 x 384 mm
+        (dtype('int16'), dtype('uint8'), (50.0, 12.0, 12.0))
+    """
     return render(make_patient(case), shape, spacing_mm)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def write_las(path: Path, array: np.ndarray, spacing_mm: Point, origin_mm: Point) -> None:
-    """Writes (D, H, W) with D to superior, H to anterior, W to left; `origin_mm` is the first voxel's centre in LPS."""
-    image = SimpleITK.GetImageFromArray(array)
-    image.SetSpacing(spacing_mm[::-1])
-    image.SetDirection((1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))  # LPS: x to left, -y to anterior, z to superior
-    image.SetOrigin(origin_mm)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")  # same ending, or SimpleITK would choose another format
-    try:
-        SimpleITK.WriteImage(image, str(part), useCompression=True)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def write_pair(phantom: Phantom, labels: np.ndarray, image_path: Path, label_path: Path, *, bed_mm: float = 0.0) -> None:
+    """Writes a scan and its labels `[D, H, W]` with the scanner's axis in the middle and the first slice at z = `bed_mm`.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    _, height, width = ((count - 1) * step for count, step in zip(labels.shape, phantom.spacing_mm, strict=True))
+    affine = affine_of(np.array(phantom.spacing_mm), np.array((-width / 2, height / 2, bed_mm)), _LAS)
+    write_volume(image_path, phantom.image_hu, affine)
+    write_volume(label_path, labels, affine)
 
 
 def write_phantoms(
@@ -242,26 +246,29 @@ def write_phantoms(
     written = []
     for case in cases:
         phantom = make_phantom(case, shape, spacing_mm)
-        extent = [(count - 1) * step for count, step in zip(phantom.labels.shape, phantom.spacing_mm, strict=True)]
         bed = float(phantom.patient.rng("bed position").integers(-900, -500))
-        origin = (-extent[2] / 2, extent[1] / 2, bed)
         paths = Path(root) / names[0].format(case), Path(root) / names[1].format(case)
-        write_las(paths[0], phantom.image_hu, phantom.spacing_mm, origin)
-        write_las(paths[1], phantom.labels if layout == "btcv" else _FLARE22_IDS[phantom.labels], phantom.spacing_mm, origin)
+        write_pair(phantom, phantom.labels if layout == "btcv" else _FLARE22_IDS[phantom.labels], *paths, bed_mm=bed)
         written.append(paths)
     return written
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The program's flags."""
-    parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder that gets the layout's folders")
+def phantom_parser(description: str | None, output: str) -> Parser:
+    """The flags of every program that writes phantoms; `output` says what its folder gets."""
+    parser = Parser(description)
+    parser.add_argument("--output", type=Path, required=True, help=output)
     parser.add_argument("--cases", type=int, nargs="+", required=True, help="case numbers, 0 to 9999")
-    parser.add_argument("--layout", choices=("btcv", "flare22"), default="btcv", help="whose raw files (default %(default)s)")
     parser.add_argument("--shape", type=int, nargs=3, default=DEFAULT_SHAPE, metavar=("D", "H", "W"), help="voxels (default: 40 256 256)")
     parser.add_argument(
         "--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="voxel size, mm (default: 200 x 384 x 384 mm divided by the shape)"
     )
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The program's flags."""
+    parser = phantom_parser(__doc__, "folder that gets the layout's folders")
+    parser.add_argument("--layout", choices=("btcv", "flare22"), default="btcv", help="whose raw files (default %(default)s)")
     return parser
 
 

@@ -9,10 +9,8 @@ epoch and its index only: the sampler hands the epoch to the dataset with the in
 """
 
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -23,12 +21,12 @@ from datasets.augment import Augmentation, samed_augmentation, samed_move
 from datasets.layout import COLOURS, IMAGE_RANGE, DataFolder, case_of, slice_number
 from datasets.store import open_store
 from pgsam.errors import UserError
+from pgsam.formats.arrays import DAMAGE
+from pgsam.formats.npz import read_npz
 from pgsam.resample import resize_cubic, resize_nearest
 
 KEYS = ("image", "label")
 TEXT_DROPOUT = 0.1
-# What zipfile, zlib and numpy raise on damaged archives (RuntimeError: flags that say encrypted, or a method there is none of).
-_DAMAGE = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, ValueError, EOFError, OSError, RuntimeError, TokenError)
 
 
 def check_slice_header(path: Path, case: str) -> int:
@@ -54,7 +52,7 @@ def check_slice_header(path: Path, case: str) -> int:
                     raise UserError(f"{path} ({case}): expected numbers in {key}, found pickled objects, which are never loaded; save it again")
                 if dtype.kind not in "fiub":
                     raise UserError(f"{path} ({case}): expected numbers in {key}, found {dtype}; save it again")
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(f"{path} ({case}): expected an npz file, found a damaged or truncated one ({error}); make it again") from error
     check_shapes(path, case, _pixels(shapes["image"]), shapes["label"], 2)
     return 1 if len(shapes["image"]) == 2 else COLOURS
@@ -90,13 +88,14 @@ def check_values(path: Path, case: str, image: np.ndarray, label: np.ndarray, nu
         raise UserError(f"{path} ({case}): expected finite pixels, found {'NaN' if np.isnan(lo + hi) else 'infinity'}; repair or remove it")
     if lo < IMAGE_RANGE[0] or hi > IMAGE_RANGE[1]:
         raise UserError(f"{path} ({case}): expected [0, 1]; raw HU? found values from {lo:g} to {hi:g}; scale the window first (preprocess/)")
+    with np.errstate(invalid="ignore"):
+        whole = label.astype(np.uint8)
+    if np.array_equal(whole, label) and whole.max() <= num_classes:
+        return whole
     low, high = float(label.min()), float(label.max())
     if not (low >= 0 and high <= num_classes):  # NaN fails too
         raise UserError(f"{path} ({case}): expected labels 0 to {num_classes} (--num_classes), found {low:g} to {high:g}; map them first")
-    whole = label.astype(np.uint8)
-    if label.dtype.kind == "f" and not np.array_equal(whole, label):
-        raise UserError(f"{path} ({case}): expected whole numbers as labels, found fractions; was the label interpolated?")
-    return whole
+    raise UserError(f"{path} ({case}): expected whole numbers as labels, found fractions; was the label interpolated?")
 
 
 def read_slice(path: Path, case: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,11 +103,22 @@ def read_slice(path: Path, case: str, num_classes: int) -> tuple[np.ndarray, np.
 
     Raises:
         UserError: either is not valid; file and case are named.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from datasets.slices import read_slice
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "case0005_slice012.npz"
+        ...     np.savez(path, image=np.full((4, 4), 0.5, dtype=np.float32), label=np.eye(4, dtype=np.float32))
+        ...     image, label = read_slice(path, "case0005", num_classes=8)
+        >>> image.dtype, label.dtype, int(label.sum())
+        (dtype('float32'), dtype('uint8'), 4)
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            image, label = (archive[key] for key in KEYS)
-    except (*_DAMAGE, KeyError, TypeError) as error:  # TypeError: a bare array named .npz
+        image, label = read_npz(path, KEYS)
+    except DAMAGE as error:
         raise UserError(f"{path} ({case}): expected an npz with image and label, found a damaged one ({error}); make it again") from error
     check_shapes(path, case, _pixels(image.shape), label.shape, 2)
     label = check_values(path, case, image, label, num_classes)

@@ -3,8 +3,10 @@
 A case in colour has an `image` [D, H, W, 3]; a picture is one slice.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -12,9 +14,9 @@ import numpy as np
 from datasets.layout import COLOURS, DataFolder
 from datasets.slices import KEYS, check_shapes, check_values
 from pgsam.errors import UserError
-from pgsam.volume import Volume, from_attributes, reorient, spacing_of
+from pgsam.formats.pictures import LUMINANCE
+from pgsam.volume import Volume, from_attributes, reorient, spacing_of, text_of, unplaced_affine, window_of
 
-_LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # of red, green and blue: ITU-R BT.601, as `pgsam.formats.pictures` has it
 _DAMAGE = (OSError, RuntimeError, KeyError, ValueError)  # what h5py raises on damaged files
 
 
@@ -33,7 +35,7 @@ class Case:
     source_orientation: str | None
     spacing_mm: tuple[float, float, float] | None = None
     image_kind: str | None = None
-    window: tuple[float, ...] | None = None
+    window: tuple[float, float] | None = None
 
     @property
     def is_colour(self) -> bool:
@@ -43,7 +45,7 @@ class Case:
     @property
     def grey(self) -> np.ndarray:
         """[D, H, W]: the image, or its luminance."""
-        return self.image @ _LUMINANCE if self.is_colour else self.image
+        return self.image @ LUMINANCE.astype(np.float32) if self.is_colour else self.image
 
     @property
     def orientation(self) -> str | None:
@@ -53,15 +55,9 @@ class Case:
     def on_source_grid(self, array: np.ndarray) -> Volume:
         """`array` [D, H, W] as a volume on the grid of the original scan; where that is not known, at the origin with the known or unit spacing."""
         if self.geometry is None:
-            return Volume(array, _plain_affine(self.spacing_mm or (1.0, 1.0, 1.0)))
+            return Volume(array, unplaced_affine(self.spacing_mm or (1.0, 1.0, 1.0)))
         volume = Volume(array, self.geometry.affine)
         return reorient(volume, self.source_orientation) if self.source_orientation else volume
-
-
-def _plain_affine(spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    affine = np.zeros((4, 4))
-    affine[[2, 1, 0, 3], [0, 1, 2, 3]] = (*spacing_mm, 1)  # d -> z, h -> y, w -> x
-    return affine
 
 
 def case_path(folder: DataFolder, name: str) -> Path:
@@ -90,7 +86,15 @@ def check_case_header(path: Path, name: str) -> tuple[int, ...]:
 
 
 def read_case(path: Path, name: str, num_classes: int) -> Case:
-    """Reads and checks a volume; a UserError names file and case if it is not valid."""
+    """Reads and checks a volume; a UserError names file and case if it is not valid.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from datasets.volumes import read_case
+        >>> case = read_case(Path("checkpoints/demo_case.npy.h5"), "demo_case", num_classes=8)
+        >>> case.image.shape, case.orientation, case.window
+        ((40, 224, 224), 'LAS', (-125.0, 275.0))
+    """
     check_case_header(path, name)
     try:
         with h5py.File(path, "r") as file:
@@ -99,21 +103,23 @@ def read_case(path: Path, name: str, num_classes: int) -> Case:
     except _DAMAGE as error:
         raise UserError(f"{path} ({name}): expected an h5 file, found a damaged one ({error}); make it again") from error
     label = check_values(path, name, image, label, num_classes)
-    image = image.astype(np.float32, copy=False)
+    return make_case(name, image.astype(np.float32, copy=False), label, attributes, path)
+
+
+def make_case(name: str, image: np.ndarray, label: np.ndarray, attributes: Mapping[str, Any], path: Path) -> Case:
+    """A case of its arrays, as `Case` has them, and of what its file says beside them (see `pgsam.volume.to_attributes`).
+
+    Raises:
+        UserError: the place, the spacing or the window is impossible; `path` is named.
+    """
     geometry = from_attributes(attributes, image if image.ndim == 3 else image[..., 0], str(path))
-    window = attributes.get("window")
     return Case(
         name,
         image,
         label,
         geometry,
-        source_orientation=_text(attributes.get("source_orientation")),
+        source_orientation=text_of(attributes, "source_orientation"),
         spacing_mm=geometry.spacing_mm if geometry is not None else spacing_of(attributes, str(path)),
-        image_kind=_text(attributes.get("image_kind")),
-        window=None if window is None else tuple(np.asarray(window).ravel().tolist()),
+        image_kind=text_of(attributes, "image_kind"),
+        window=window_of(attributes, str(path)),
     )
-
-
-def _text(value: object) -> str | None:
-    """An attribute that is text, which h5py may give as bytes."""
-    return value.decode() if isinstance(value, bytes) else None if value is None else str(value)

@@ -5,7 +5,7 @@ z to superior: ITK's and DICOM's frame; nibabel's is RAS, its first two rows hav
 is a NIfTI file's (i, j, k) reversed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -79,6 +79,11 @@ def affine_of(spacing: np.ndarray, origin: np.ndarray, direction: np.ndarray) ->
     return affine
 
 
+def unplaced_affine(spacing_mm: Sequence[float] | np.ndarray = (1.0, 1.0, 1.0)) -> np.ndarray:
+    """(4, 4) of what says no place: from the origin, d grows along z, h along y and w along x (orientation "LPS"); spacing in array order."""
+    return affine_of(np.asarray(spacing_mm, dtype=np.float64), np.zeros(3), np.eye(3)[:, ::-1])
+
+
 # --- axis order -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +145,17 @@ def reorient(volume: Volume, code: str) -> Volume:
 
     Raises:
         UserError: the code is not an orientation.
+
+    Example:
+        >>> import numpy as np
+        >>> from pgsam.volume import Volume, reorient
+        >>> to_lps = np.array([[0, 0, 0.8, 0], [0, 0.8, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1]])  # d to superior, h to posterior, w to left
+        >>> scan = Volume(np.arange(6).reshape(1, 2, 3), to_lps)
+        >>> scan.orientation, scan.spacing_mm
+        ('LPS', (5.0, 0.8, 0.8))
+        >>> reorient(scan, "LAS").array  # the rows from back to front, each voxel where it was in the patient
+        array([[[3, 4, 5],
+                [0, 1, 2]]])
     """
     turn = turn_to(volume, code)
     return volume if turn == Turn((0, 1, 2), ()) else turn.apply(volume)
@@ -230,6 +246,30 @@ def spacing_of(mapping: Mapping[str, Any], name: str = "geometry") -> tuple[floa
     return depth, height, width
 
 
+def text_of(mapping: Mapping[str, Any], key: str) -> str | None:
+    """A text stored with an array, or None: h5 gives it as it is or as bytes, npz as an array of one."""
+    stored = mapping.get(key)
+    stored = stored.item() if isinstance(stored, np.ndarray) and stored.size == 1 else stored
+    return stored.decode("utf-8", "replace") if isinstance(stored, bytes) else None if stored is None else str(stored)
+
+
+def window_of(mapping: Mapping[str, Any], name: str = "window") -> tuple[float, float] | None:
+    """The source's values that became 0 and 1, or None where that is not stored.
+
+    Raises:
+        UserError: they are not two numbers, the lower first.
+    """
+    if "window" not in mapping:
+        return None
+    try:
+        lo, hi = np.asarray(mapping["window"], dtype=np.float64).ravel().tolist()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: expected two numbers as window, found {mapping['window']!r}; make the file again") from error
+    if not -np.inf < lo < hi < np.inf:
+        raise UserError(f"{name}: expected a window from a lower to a higher number, found {lo:g} to {hi:g}; make the file again")
+    return lo, hi
+
+
 def _numbers(mapping: Mapping[str, Any], key: str, count: int, name: str) -> np.ndarray:
     try:
         values = np.asarray(mapping[key], dtype=np.float64).ravel()
@@ -275,6 +315,12 @@ def scale_intensity(array: np.ndarray, kind: str, window: tuple[float, float] | 
 
     Raises:
         UserError: as `intensity_window`.
+
+    Example:
+        >>> import numpy as np
+        >>> from pgsam.volume import scale_intensity
+        >>> scale_intensity(np.array([-1000, -125, 75, 275, 3000]), "ct_window").tolist()
+        [0.0, 0.0, 0.5, 1.0, 1.0]
     """
     return scale_to_window(array, *intensity_window(array, kind, window))
 
@@ -282,4 +328,9 @@ def scale_intensity(array: np.ndarray, kind: str, window: tuple[float, float] | 
 def scale_to_window(array: np.ndarray, lo: float, hi: float) -> np.ndarray:
     """Clips to [lo, hi] and maps that to float32 [0, 1]."""
     array = np.clip(array, lo, hi) if array.dtype == np.float64 else array  # values beyond float32 are beyond the window too
-    return (np.clip(array.astype(np.float32), lo, hi) - np.float32(lo)) / (np.float32(hi) - np.float32(lo))
+    low, high = np.float32(lo), np.float32(hi)
+    scaled = array.astype(np.float32)
+    np.clip(scaled, low, high, out=scaled)
+    scaled -= low
+    scaled /= high - low
+    return scaled

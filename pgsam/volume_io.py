@@ -17,6 +17,7 @@ from pgsam.errors import UserError
 from pgsam.formats.archive import unpacked
 from pgsam.formats.arrays import read_array
 from pgsam.formats.common import check_utf8, describe_file
+from pgsam.formats.dicom import SUFFIXES as _DICOM
 from pgsam.formats.dicom import holds_dicom, is_dicom, read_dicom
 from pgsam.formats.itk import read_itk
 from pgsam.formats.nifti import LONGEST_AXIS, read_nifti, write_nifti
@@ -27,7 +28,6 @@ MODALITIES = ("ct", "mr", "picture")
 
 _NIFTI = (".nii.gz", ".nii")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
-_DICOM = (".dcm", ".ima")
 _ARRAYS = (".npy.h5", ".npz", ".npy", ".h5")
 _PICTURES = (".png", ".jpeg", ".jpg", ".tiff", ".tif", ".bmp")
 SUFFIXES: tuple[str, ...] = tuple(sorted((*_NIFTI, *_ITK, *_DICOM, *_ARRAYS, *_PICTURES, ".zip"), key=lambda suffix: (-len(suffix), suffix)))
@@ -64,6 +64,18 @@ class Scan:
     spacing_known: bool = True
     image_kind: str | None = None
     window: tuple[float, float] | None = None
+
+
+def make_parent(path: Path) -> None:
+    """Makes the folder of a file that is to be written.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); check the folder and its rights") from error
 
 
 @contextmanager
@@ -148,13 +160,12 @@ def find_scans(folder: str | Path) -> list[Path]:
 # --- reading ------------------------------------------------------------------------------------------------------------------------------
 
 
-def read_volume(path: str | Path, *, series: str | None = None, key: str = "image") -> Volume:
+def read_volume(path: str | Path, *, key: str = "image") -> Volume:
     """Reads one number a voxel as [D, H, W] in file order, an image or a label map; the stored number type is kept, scaled files become float.
 
     A picture is read as a label map: a palette picture gives its indices, a colour picture its grey values if red, green and blue are equal.
 
     Args:
-        series: as for `read_scan`.
         key: which array of an .npz or .h5; other formats hold one thing, and pass it over. "label" is that of TransUNet's files and ours.
 
     Raises:
@@ -165,7 +176,7 @@ def read_volume(path: str | Path, *, series: str | None = None, key: str = "imag
         if path.is_file() and is_picture(path):
             check_utf8(path)
             return read_labels(path)
-        scan = _read(path, series, key)
+        scan = _read(path, None, key)
     if scan.colour is not None:  # a picture in a zip
         raise UserError(f"{path}: expected one number a pixel, found a colour picture; save it in grey, or its class numbers as a palette PNG")
     return scan.volume
@@ -203,8 +214,8 @@ def _read(path: Path, series: str | None, key: str) -> Scan:
         raise UserError(f"{path}: no such file; check the path")
     suffix = None if path.is_dir() else suffix_of(path)
     if path.is_dir() or suffix in _DICOM or (suffix is None and is_dicom(path)):
-        volume, modality, axes, files, spacing_known = read_dicom(path, series)
-        return Scan(volume, stem_of(path), modality, axes, files=files, spacing_known=spacing_known)
+        dicom = read_dicom(path, series)
+        return Scan(dicom.volume, stem_of(path), dicom.modality, dicom.axes, files=dicom.files, spacing_known=dicom.spacing_known)
     if suffix == ".zip":
         return _read_zip(path, series, key)
     if series is not None:
@@ -230,7 +241,7 @@ def _read(path: Path, series: str | None, key: str) -> Scan:
     if suffix in _NIFTI:
         volume, axes = read_nifti(path)
         return Scan(volume, stem_of(path), axes=axes, files=(path,))
-    raise UserError(f"{path}: expected one of {' '.join(SUFFIXES)}, found {describe_file(path)}")
+    raise UserError(f"{path}: expected one of {' '.join(SUFFIXES)}, found {describe_file(path)}; convert it to one of these")
 
 
 def _read_zip(path: Path, series: str | None, key: str) -> Scan:
@@ -267,6 +278,18 @@ def write_volume(path: str | Path, array: np.ndarray, geometry: Volume | np.ndar
         UserError: the name has another suffix or is not UTF-8, the file cannot be written, or the format cannot hold an axis so long or this
             place in two axes.
         ValueError: the shape is not the volume's, or the axes are not at right angles (no reader of ours would take them back).
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from pgsam.volume_io import read_volume, write_volume
+        >>> labels, to_lps = np.ones((2, 3, 4), dtype=np.uint8), np.diag([0.0, 0.0, 0.0, 1.0])
+        >>> to_lps[[2, 1, 0], [0, 1, 2]] = 5.0, 0.8, 0.8  # d, h, w along z, y, x
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_volume(f"{folder}/liver.nii.gz", labels, to_lps)
+        ...     again = read_volume(f"{folder}/liver.nii.gz")
+        >>> again.array.shape, again.array.dtype, bool(np.allclose(again.affine, to_lps))
+        ((2, 3, 4), dtype('uint8'), True)
     """
     path = Path(path)
     check_utf8(path)
@@ -283,10 +306,7 @@ def write_volume(path: str | Path, array: np.ndarray, geometry: Volume | np.ndar
         raise UserError(f"{path}: a 2-D file of this kind holds no place off the plane z = 0; give a name that ends in .nii.gz or .nii")
     if suffix_of(path) in _NIFTI and max(array.shape) > LONGEST_AXIS:
         raise UserError(f"{path}: expected axes of at most {LONGEST_AXIS} voxels, found {array.shape}; give a name that ends in .nrrd or .mha")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); check the folder and its rights") from error
+    make_parent(path)
     array = array.astype({"b1": np.uint8, "f2": np.float32}.get(array.dtype.str[1:], array.dtype), copy=False)
     with replacing(path) as temporary:
         if suffix_of(path) in _NIFTI:

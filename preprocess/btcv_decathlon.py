@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     across, down, through = args.spacing_mm
     settings = Settings(
         args.src_path,
-        DATASETS[DATASET].label_map,
+        DATASETS[DATASET],
         "ct_window",
         tuple(args.window),
         ORIENTATION,

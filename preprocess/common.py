@@ -18,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -31,6 +32,7 @@ from tqdm import tqdm
 from datasets.labels import LabelMap
 from datasets.layout import FILES
 from pgsam.errors import UserError
+from pgsam.formats.npz import write_npz
 from pgsam.volume import (
     GRID_TOLERANCE_MM,
     Volume,
@@ -217,52 +219,58 @@ def process_case(case: Case, settings: Settings, output: Path) -> dict[str, Any]
         window = intensity_window(image.array, settings.image_kind, settings.window)
     except UserError as error:
         raise UserError(f"case {case.name}: {error}") from error
-    scaled = Volume(scale_to_window(image.array, *window), image.affine)
-    details: dict[str, Any] = {
-        "source": case.image.name,
-        "source_orientation": source_orientation,
-        "image_kind": settings.image_kind,
-        "window": window,
-    }
+    details = {"source": case.image.name, "source_orientation": source_orientation, "image_kind": settings.image_kind}
     for path in _outputs_on_disk(case.name, output):
         path.unlink()
     if case.split == "train":
-        write_slices(_output_paths(case, len(scaled.array), output), scaled, label, details)
+        write_slices(_output_paths(case, len(image.array), output), image, label, window, **details)
     else:
-        (path,) = _output_paths(case, len(scaled.array), output)
+        (path,) = _output_paths(case, len(image.array), output)
         with replacing(path) as temporary, h5py.File(temporary, "w") as file:
-            file["image"], file["label"] = scaled.array, label.astype(np.float32)
-            file.attrs.update(to_attributes(scaled, **details))
+            file["image"], file["label"] = scale_to_window(image.array, *window), label.astype(np.float32)
+            file.attrs.update(to_attributes(image, window=window, **details))
     return {
         "split": case.split,
         "patient": case.patient,
         "image": _relative(case.image, settings),
         "label": _relative(case.label, settings),
-        "shape": list(scaled.array.shape),
-        "spacing_mm": list(scaled.spacing_mm),
-        "n_slices": len(scaled.array),
-        "orientation": scaled.orientation,
+        "shape": list(image.array.shape),
+        "spacing_mm": list(image.spacing_mm),
+        "n_slices": len(image.array),
+        "orientation": image.orientation,
         "source_orientation": source_orientation,
         "window": list(window),
         "grid_distance_mm": round(distance, 6),
-        "labels_present": [int(value) for value in np.unique(label) if value],
+        "labels_present": [value for value in _values(label) if value],
         "fingerprint": fingerprint,
     }
 
 
-def write_slices(paths: Sequence[Path], image: Volume, label: np.ndarray, details: dict[str, Any]) -> None:
-    """Writes the slices of a case as training slices.
+def write_slices(paths: Sequence[Path], image: Volume, label: np.ndarray, window: tuple[float, float], **details: str) -> None:
+    """Writes the slices of a case as training slices; the first takes its place when all of them have been written.
 
     Args:
         paths: `<case>_slice<ddd>.npz`, one a slice.
-        image: scaled to [0, 1].
+        image: in the numbers of its source, which are scaled here, a slice at a time.
         label: classes [D, H, W].
+        window: the source's values that become 0 and 1.
         details: more for `to_attributes`.
     """
-    for index, path in enumerate(paths):
-        part = take_slice(image, index)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, image=part.array[0], label=label[index].astype(np.float32), **to_attributes(part, **details))
+    attributes = to_attributes(image, window=window, **details)
+    with ExitStack() as stack:
+        for index, path in enumerate(paths):
+            arrays = {"image": scale_to_window(image.array[index], *window), "label": label[index].astype(np.float32)}
+            attributes["origin"] = np.array(take_slice(image, index).origin_mm)  # the rest is the same for all
+            write_npz(stack.enter_context(replacing(path)), {**arrays, **attributes})
+
+
+def _values(label: np.ndarray) -> list[int]:
+    """The values in an array [D, H, W] of uint8, sorted; `np.unique` takes several times as long for the few that a label has."""
+    found = b""
+    for part in label:
+        while rest := part.tobytes().translate(None, found):
+            found += rest[:1]
+    return sorted(found)
 
 
 def _read_case(case: Case, settings: Settings) -> tuple[Volume, np.ndarray, str, float]:
@@ -366,7 +374,7 @@ def _write_manifest(cases: Sequence[Case], finished: dict[str, dict[str, Any]], 
         "orientation": orientations.pop() if len(orientations) == 1 else None,
         "cases": entries,
     }
-    _write_text(output / "manifest.json", json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+    write_text(output / "manifest.json", json.dumps(manifest, indent=1, allow_nan=False) + "\n")
     return manifest
 
 
@@ -375,13 +383,14 @@ def _write_lists(cases: Iterable[Case], finished: dict[str, dict[str, Any]], out
         return "".join(f"{line}\n" for case in cases if case.split == split for line in names(case))
 
     train = lines("train", lambda case: [path.stem for path in _output_paths(case, finished[case.name]["n_slices"], output)])
-    _write_text(output / _LISTS / _TRAIN_LIST, train)
-    _write_text(output / _LISTS / _TEST_LIST, lines("test", lambda case: [case.name]))
+    write_text(output / _LISTS / _TRAIN_LIST, train)
+    write_text(output / _LISTS / _TEST_LIST, lines("test", lambda case: [case.name]))
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Leaves a file alone that already says this, so that a run with nothing to do changes nothing."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file and its folder, and leaves a file alone that already says this, so that a run with nothing to do changes nothing."""
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

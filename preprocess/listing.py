@@ -225,7 +225,7 @@ def list_published(source: Path, args: argparse.Namespace, layout: RawLayout) ->
     if split.layout is not layout or folders is None:
         raise UserError(f"{source}: expected the raw files of {dataset} ({split.layout.described}), found others; leave out --dataset or --kind")
     listing = Listing(source)
-    label_map = _chosen_label_map(args) or DATASETS[dataset].label_map
+    label_map = _chosen_label_map(args) or DATASETS[dataset]
     part_of = {number: part for part, numbers in (("train", split.train), ("test", split.test)) for number in numbers}
     names = {split.case_name.format(number): number for number in part_of}
 
@@ -371,7 +371,7 @@ LISTINGS: dict[str, Callable[[Path, argparse.Namespace], Listing]] = {
 def _chosen_label_map(args: argparse.Namespace) -> LabelMap | None:
     if args.label_map:
         return load_label_map(args.label_map)
-    return DATASETS[args.dataset].label_map if args.dataset else None
+    return DATASETS[args.dataset] if args.dataset else None
 
 
 def _label_words(label_map: LabelMap | None) -> str:

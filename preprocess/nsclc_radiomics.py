@@ -32,7 +32,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pgsam.errors import Parser, UserError, reports_user_errors
-from pgsam.volume import Volume, reorient, scale_to_window, take_slice
+from pgsam.volume import Volume, reorient, take_slice
 from preprocess.common import write_slices
 from preprocess.dicom_masks import Ct, Header, read_ct, read_headers, read_object, segment_mask, segments_of, series_of
 from preprocess.one_shot_layouts import (
@@ -84,9 +84,8 @@ def make_patient(folder: Path, choices: Choices, output: Path) -> dict[str, Any]
         image, label = _training_volume(ct, mask, kept)
         names = [f"train_npz/{name}_slice{index:03d}.npz" for index in range(len(label))]
         (output / "train_npz").mkdir(parents=True, exist_ok=True)
-        scaled = Volume(scale_to_window(image.array, *choices.window), image.affine)
-        details = {"source": name, "source_orientation": ct.volume.orientation, "image_kind": "ct_window", "window": choices.window}
-        write_slices([output / file for file in names], scaled, label, details)
+        details = {"source": name, "source_orientation": ct.volume.orientation, "image_kind": "ct_window"}
+        write_slices([output / file for file in names], image, label, choices.window, **details)
         written += names
         entry |= {"shape": list(label.shape), "spacing_mm": list(image.spacing_mm), "n_slices": len(label), "orientation": image.orientation}
     return {**entry, "written": written}

@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from datasets.layout import FILES, read_manifest
 from pgsam.errors import UserError
+from pgsam.formats.npz import write_npz
 from pgsam.volume import check_window, scale_to_window
 from pgsam.volume_io import read_scan, replacing
-from preprocess.common import MANIFEST_FORMAT, add_common_arguments
+from preprocess.common import MANIFEST_FORMAT, add_common_arguments, write_text
 from preprocess.jobs import run_jobs
 
 WINDOW = (-910.0, 590.0)  # HU of P2SAM's chest CTs: level -160, width 1500
@@ -172,7 +173,7 @@ def _write_manifest(output: Path, facts: dict[str, Any], cases: Sequence[Archive
         "orientation": orientations.pop() if len(orientations) == 1 else None,
         "cases": entries,
     }
-    _write_text(output / "manifest.json", json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+    write_text(output / "manifest.json", json.dumps(manifest, indent=1, allow_nan=False) + "\n")
     return manifest
 
 
@@ -182,17 +183,9 @@ def _write_lists(output: Path, cases: Sequence[ArchiveCase], finished: dict[str,
         files = [Path(file) for entry in entries for file in entry["written"]]
         names = [file.name.removesuffix(".npz").removesuffix(".npy.h5") for file in files if file.parts[0] == folder]
         if names:
-            _write_text(output / "lists" / listed, "".join(f"{name}\n" for name in names))
+            write_text(output / "lists" / listed, "".join(f"{name}\n" for name in names))
         else:
             (output / "lists" / listed).unlink(missing_ok=True)  # of an earlier run, whose cases are gone
-
-
-def _write_text(path: Path, text: str) -> None:
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------------------------------
@@ -223,9 +216,9 @@ def write_colour_slice(output: Path, case: str, image: np.ndarray, mask: np.ndar
     """
     written = f"{_TRAIN}/{case}_slice000.npz"
     (output / written).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output / written) as temporary, temporary.open("wb") as file:
+    with replacing(output / written) as temporary:
         entries = {"source": source, "image_kind": "rgb", "orientation": PICTURE_ORIENTATION}
-        np.savez(file, image=image, label=mask.astype(np.float32), **entries)  # type: ignore[arg-type]
+        write_npz(temporary, {"image": image, "label": mask.astype(np.float32), **entries})
     return written
 
 

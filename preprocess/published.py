@@ -98,7 +98,7 @@ SPLITS: dict[str, PublishedSplit] = {
 
 def published_settings(dataset: str, src_path: Path, label_map: str | None = None) -> Settings:
     """What is done to the cases of a dataset of `SPLITS`; with another label map than its own if one is named."""
-    chosen = DATASETS[dataset].label_map if label_map is None else load_label_map(label_map)
+    chosen = DATASETS[dataset] if label_map is None else load_label_map(label_map)
     return Settings(src_path, chosen, "ct_window", CT_WINDOW, strict_grid=False, dataset=dataset)
 
 

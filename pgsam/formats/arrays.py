@@ -18,11 +18,22 @@ import numpy as np
 
 from pgsam.errors import UserError
 from pgsam.formats.common import DEFLATE_RATIO, check_claim, check_finite, check_spacing, unreadable
-from pgsam.volume import BTCV_ORIENTATION, Volume, check_orientation, from_attributes, reorient, spacing_of
+from pgsam.volume import (
+    BTCV_ORIENTATION,
+    Volume,
+    check_orientation,
+    from_attributes,
+    reorient,
+    spacing_of,
+    text_of,
+    unplaced_affine,
+    window_of,
+)
 
-# What zipfile, its packings, numpy and h5py raise on damaged files (RuntimeError: also zip flags that say encrypted; TokenError: a cut npy header).
+# What zipfile, its packings, numpy and h5py raise on damaged files (RuntimeError: also zip flags that say encrypted; TokenError, SyntaxError: a
+# damaged npy header; TypeError: an npy called .npz).
 DAMAGE = (
-    *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, TokenError),
+    *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, lzma.LZMAError, TokenError, SyntaxError),
     *(ValueError, EOFError, OSError, RuntimeError, KeyError, TypeError),
 )
 
@@ -76,7 +87,7 @@ def read_array(path: Path, key: str = "image") -> StoredArray:
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     check_finite(path, array)
     scaled = "image_kind" in attributes or bool(array.min() >= 0 and array.max() <= 1)
-    image_kind, window = _scaling(path, attributes)
+    image_kind, window = text_of(attributes, "image_kind"), window_of(attributes, str(path))
     return StoredArray(placed(path, array, attributes), array.ndim, scaled, "spacing" in attributes, image_kind, window)
 
 
@@ -90,9 +101,8 @@ def placed(path: Path, array: np.ndarray, attributes: Mapping[str, Any]) -> Volu
     """
     volume = from_attributes(attributes, array, str(path))
     if volume is None:
-        affine = np.zeros((4, 4))
-        affine[[2, 1, 0, 3], [0, 1, 2, 3]] = (*(spacing_of(attributes, str(path)) or (1.0, 1.0, 1.0)), 1)
-        code = _text(attributes.get("orientation")) or BTCV_ORIENTATION
+        affine = unplaced_affine(spacing_of(attributes, str(path)) or (1.0, 1.0, 1.0))
+        code = text_of(attributes, "orientation") or BTCV_ORIENTATION
         try:
             volume = reorient(Volume(np.empty((1, 1, 1)), affine), check_orientation(code))  # one voxel: turned about the origin
         except UserError as error:
@@ -100,26 +110,6 @@ def placed(path: Path, array: np.ndarray, attributes: Mapping[str, Any]) -> Volu
         volume = Volume(array[None] if array.ndim == 2 else array, volume.affine)
     check_spacing(path, np.array(volume.spacing_mm[::-1]))
     return volume
-
-
-def _scaling(path: Path, attributes: Mapping[str, Any]) -> tuple[str | None, tuple[float, float] | None]:
-    """The file's `image_kind` and `window`, None for what is not there."""
-    kind, window = _text(attributes.get("image_kind")), attributes.get("window")
-    if window is None:
-        return kind, None
-    try:
-        lo, hi = np.asarray(window, dtype=np.float64).ravel().tolist()
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: expected two numbers as window, found {window!r}; make the file again") from error
-    if not -math.inf < lo < hi < math.inf:
-        raise UserError(f"{path}: expected a window from a lower to a higher number, found {lo:g} to {hi:g}; make the file again")
-    return kind, (lo, hi)
-
-
-def _text(stored: Any) -> str | None:
-    """An attribute that is text: h5 gives it as it is or as bytes, npz as an array of one."""
-    stored = stored.item() if isinstance(stored, np.ndarray) and stored.size == 1 else stored
-    return stored.decode("utf-8", "replace") if isinstance(stored, bytes) else None if stored is None else str(stored)
 
 
 def _choose(path: Path, names: list[str], key: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
@@ -20,11 +21,11 @@ import SimpleITK as sitk
 from pgsam.errors import UserError
 from pgsam.formats.common import START_BYTES, check_finite, check_spacing, check_utf8, describe, unreadable
 from pgsam.formats.dicom_stack import Plane, stack
-from pgsam.volume import Volume, affine_of
+from pgsam.volume import Volume, unplaced_affine
 
+SUFFIXES = (".dcm", ".ima")
 MODALITIES = {"CT": "ct", "MR": "mr"}
 
-_SUFFIXES = (".dcm", ".ima")
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 _NO_PIXELS = re.compile(  # of the storage classes: reports, presentation states, radiotherapy, waveforms, raw data, registrations, documents
     re.escape(_STORAGE) + r"(88\.|11\.|481\.[3-9]|9\.|66$|66\.[1235]$|67$|104\.|4\.2$|34\.)|1\.2\.840\.10008\.1\.3\.10$"
@@ -71,8 +72,12 @@ class _Header:
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is DICOM by its contents or, however damaged, by its name."""
-    if path.suffix.lower() in _SUFFIXES:
+    if path.suffix.lower() in SUFFIXES:
         return True
+    return _has_preamble(path)
+
+
+def _has_preamble(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 
@@ -175,9 +180,7 @@ def _read_header(path: Path) -> _Header | None:
     except RuntimeError as error:
         if storage and not storage.startswith(_STORAGE) and b"\xe0\x7f\x10\x00" not in path.read_bytes():
             return None  # a vendor's own object without pixels
-        with path.open("rb") as file:
-            known = file.read(132)[128:] == b"DICM"
-        raise unreadable(path, "a DICOM image", RuntimeError("GDCM cannot read it"), known=known) from error
+        raise unreadable(path, "a DICOM image", RuntimeError("GDCM cannot read it"), known=_has_preamble(path)) from error
     tags = {key: _clean(reader.GetMetaData(key)) for key in reader.GetMetaDataKeys()}
     thickness = next((abs(value[0]) for key in ("0018|0088", "0018|0050") if (value := _numbers(tags, key, 1, path)) is not None and value[0]), None)
     frames = _numbers(tags, "0028|0008", 1, path)
@@ -241,8 +244,18 @@ def _meta_element(path: Path, element: int) -> str:
 # --- one series ---------------------------------------------------------------------------------------------------------------------------
 
 
-def read_dicom(path: Path, series: str | None = None) -> tuple[Volume, str | None, int, tuple[Path, ...], bool]:
-    """The volume of one series, its modality ("ct", "mr" or None), its axes, its files, and whether they say its spacing.
+class DicomScan(NamedTuple):
+    """One series as a volume: its modality ("ct", "mr" or None), its axes (2 or 3), its files, and whether they say its whole spacing."""
+
+    volume: Volume
+    modality: str | None
+    axes: int
+    files: tuple[Path, ...]
+    spacing_known: bool
+
+
+def read_dicom(path: Path, series: str | None = None) -> DicomScan:
+    """The volume of one series and what its files say of it.
 
     Slices are sorted by their position along the normal of the image plane, and the affine comes from those positions. Integers stay integers
     where slope and intercept are whole. A single image without position and orientation (radiograph, secondary capture) has axes 2 and lies at
@@ -265,12 +278,12 @@ def read_dicom(path: Path, series: str | None = None) -> tuple[Volume, str | Non
     with _quiet():
         pixels = {header.path: _read_pixels(header) for header in headers}
         if len(headers) == 1 and headers[0].frames == 1 and headers[0].position is None and headers[0].orientation is None:
-            return _unplaced(headers[0], pixels[headers[0].path]), modality, 2, files, headers[0].spacing is not None
+            return DicomScan(_unplaced(headers[0], pixels[headers[0].path]), modality, 2, files, headers[0].spacing is not None)
         planes = [plane for header in headers for plane in _planes(header)]
     thickness = headers[0].thickness
     order, affine = stack(planes, path, thickness or 1.0)
     array = _joined([pixels[planes[index].path][planes[index].frame] for index in order], path)
-    return Volume(array, affine), modality, 3, files, len(planes) > 1 or thickness is not None
+    return DicomScan(Volume(array, affine), modality, 3, files, len(planes) > 1 or thickness is not None)
 
 
 def _choose(path: Path, groups: list[list[_Header]], wanted: str | None) -> list[_Header]:
@@ -338,7 +351,7 @@ def _joined(slices: list[np.ndarray], path: Path) -> np.ndarray:
 def _unplaced(header: _Header, pixels: np.ndarray) -> Volume:
     height, width = (1.0, 1.0) if header.spacing is None else header.spacing
     check_spacing(header.path, np.array([width, height]))
-    return Volume(_joined(list(pixels), header.path), affine_of(np.array([1.0, height, width]), np.zeros(3), np.eye(3)[:, ::-1]))
+    return Volume(_joined(list(pixels), header.path), unplaced_affine((1.0, height, width)))
 
 
 def _planes(header: _Header) -> list[Plane]:

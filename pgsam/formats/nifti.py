@@ -11,7 +11,7 @@ import math
 import zlib
 from itertools import product
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -47,6 +47,8 @@ _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _EXTENSIONS_BYTES = 1 << 24  # between header and voxels; larger ones are not met in practice
 _PADDING_BYTES = 1 << 20  # behind the voxels
 _CHUNK_BYTES = 1 << 24
+_PACKED_BYTES, _UNPACKED_BYTES = 1 << 16, 1 << 18  # at a time: they stay in the cache
+_GZIP = 16 + zlib.MAX_WBITS  # tells zlib that its data have gzip's header and checksum
 _SCANNER, _ALIGNED = 1, 2  # codes of sform and qform; higher ones are those of an atlas (Talairach, MNI, a template)
 _EXACT_MM = 1e-3  # how near to its place a written corner lies
 _PACKING_LEVEL = 6  # gzip's own; 9 takes several times as long for a few bytes less
@@ -74,9 +76,8 @@ def read_nifti(path: Path) -> tuple[Volume, int]:
         if path.suffix.lower() != ".gz":
             raise UserError(f"{path}: expected an uncompressed file, found gzip data; rename it to {path.name}.gz")
         try:
-            with gzip.open(plain) as unpacked:
-                return _read_stream(cast(BinaryIO, unpacked), path, size * DEFLATE_RATIO, packed=True)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            return _read_stream(io.BufferedReader(_Unpacked(plain)), path, size * DEFLATE_RATIO, packed=True)
+        except (EOFError, zlib.error) as error:
             raise UserError(f"{path}: the gzip data are truncated or damaged ({error}); copy or download the file again") from error
 
 
@@ -135,7 +136,7 @@ def _read_stream(stream: BinaryIO, path: Path, most_bytes: int, *, packed: bool)
     array = voxels.astype(dtype.newbyteorder("="), copy=False).reshape((*shape, 1)[2::-1])  # the first index of a NIfTI runs fastest
     check_finite(path, array)
     slope, intercept = float(header["slope"]), float(header["intercept"])
-    if np.isfinite((slope, intercept)).all() and slope != 0 and (slope, intercept) != (1, 0):
+    if np.isfinite(slope) and slope != 0 and (slope, intercept) != (1, 0):  # else the slope says that there is no scaling
         with np.errstate(over="ignore", invalid="ignore"):
             array = (array * np.float64(slope) + intercept).astype(np.result_type(array.dtype, np.float32), copy=False)
         if not np.isfinite(array).all():
@@ -155,6 +156,41 @@ def _read_voxels(stream: BinaryIO, path: Path, expected: int, shape: list[int]) 
     if len(stream.read(_PADDING_BYTES + 1)) > _PADDING_BYTES:
         raise UserError(f"{path}: expected {expected} bytes of voxels (shape {tuple(shape)}), found many more; the header is damaged")
     return voxels
+
+
+class _Unpacked(io.RawIOBase):
+    """What a gzip file holds, as `gzip.open` gives it, in pieces so large that they cost nothing beside zlib's work; zlib checks every checksum.
+
+    Raises:
+        EOFError, zlib.error: the data are truncated or damaged.
+    """
+
+    def __init__(self, packed: BinaryIO) -> None:
+        self._packed = packed
+        self._next = b""  # has been read, and is to be unpacked
+        self._inflate = zlib.decompressobj(_GZIP)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills a part of the buffer; 0 at the end."""
+        while True:
+            if self._inflate.eof:  # there may be zeros behind it, and another one
+                self._next = self._inflate.unused_data.lstrip(b"\0")
+                while not self._next and (piece := self._packed.read(_PACKED_BYTES)):
+                    self._next = piece.lstrip(b"\0")
+                if not self._next:
+                    return 0
+                self._inflate = zlib.decompressobj(_GZIP)
+            piece = self._next or self._packed.read(_PACKED_BYTES)
+            found = self._inflate.decompress(piece, min(len(buffer), _UNPACKED_BYTES))
+            self._next = self._inflate.unconsumed_tail
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+            if not piece and not self._inflate.eof:
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
 
 
 def _read_header(stream: BinaryIO, path: Path, packed: bool) -> np.void:

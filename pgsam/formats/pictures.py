@@ -17,10 +17,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pgsam.errors import UserError
 from pgsam.formats.common import describe_file, unreadable
-from pgsam.volume import Volume, affine_of
+from pgsam.volume import Volume, unplaced_affine
 
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError, IndexError, TypeError, AttributeError, OverflowError)
-_LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue: ITU-R BT.601
+LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue: ITU-R BT.601
 
 
 def read_picture(path: Path) -> tuple[Volume, np.ndarray | None, float]:
@@ -38,7 +38,7 @@ def read_picture(path: Path) -> tuple[Volume, np.ndarray | None, float]:
             return _volume(np.asarray(picture).astype(np.uint8) * np.uint8(255)), None, 255.0
         if _is_colour(picture):
             colour = np.asarray(picture.convert("RGB"))
-            return _volume(np.rint(colour @ _LUMINANCE).astype(np.uint8)), colour[None], 255.0
+            return _volume(np.rint(colour @ LUMINANCE).astype(np.uint8)), colour[None], 255.0
         grey = _grey(path, picture)
     return _volume(grey), None, 255.0 if grey.dtype == np.uint8 else 65535.0
 
@@ -104,4 +104,4 @@ def _grey(path: Path, picture: Image.Image) -> np.ndarray:
 
 
 def _volume(pixels: np.ndarray) -> Volume:
-    return Volume(pixels[None], affine_of(np.ones(3), np.zeros(3), np.eye(3)[:, ::-1]))
+    return Volume(pixels[None], unplaced_affine())

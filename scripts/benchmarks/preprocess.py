@@ -1,7 +1,8 @@
 """Stage `preprocess`: from a scan's files to training slices, and from slices to the network's size and back, against the published way.
 
 Published are nibabel, a clip to [-125, 275] HU, classes remapped one after another, an npz a slice (TransUNet's preparation as SAMed uses it), and
-`scipy.ndimage.zoom` slice by slice, order 3 for images and 0 for labels. Ours write more (geometry, source) and check what they read.
+`scipy.ndimage.zoom` slice by slice, order 3 for images and 0 for labels. Ours write more (geometry, source), check
+what they read, and sync what they write.
 """
 
 import argparse
@@ -84,8 +85,8 @@ def prepare_as_published(image: Path, label: Path, output: Path, targets: Any, w
     import nibabel
 
     with watch("read"):
-        grey = nibabel.load(image).get_fdata().astype(np.float32)
-        found = nibabel.load(label).get_fdata().astype(np.float32)
+        grey = nibabel.load(image).get_fdata().astype(np.float32)  # type: ignore[attr-defined]
+        found = nibabel.load(label).get_fdata().astype(np.float32)  # type: ignore[attr-defined]
     with watch("window and classes"):
         grey = (np.clip(grey, LOW, HIGH) - LOW) / (HIGH - LOW)
         grey, found = grey.transpose(2, 1, 0), found.transpose(2, 1, 0)

@@ -91,6 +91,14 @@ def test_a_channel_of_a_scan_without_channels_is_refused(tmp_path: Path) -> None
     assert find_lesions(tmp_path, channel=0)[0].image.name == "a.nii.gz"
 
 
+@pytest.mark.parametrize(("folder", "other"), [("imagesTr", "a.nii"), ("labelsTr", "a.png")])
+def test_two_files_of_one_name_are_refused(tmp_path: Path, folder: str, other: str) -> None:
+    put(tmp_path, "a")
+    (tmp_path / folder / other).touch()
+    with pytest.raises(UserError, match=r"expected one file called a, found a\.nii(\.gz)? too; take one out"):
+        find_lesions(tmp_path)
+
+
 def test_a_scan_with_channels(tmp_path: Path) -> None:
     for channel in (0, 1, 3):
         put(tmp_path, "brain", f"brain_{channel:04d}")

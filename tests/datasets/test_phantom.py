@@ -197,6 +197,9 @@ def test_program_runs_from_any_folder(tmp_path):
 def test_impossible_requests_are_named(capsys, tmp_path):
     assert main(["--output", str(tmp_path), "--cases", "12345"]) == 2
     assert "12345" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["--output", str(tmp_path / "file"), "--cases", "1", "--shape", "2", "8", "8"]) == 2
+    assert "img0001.nii.gz: cannot be written" in capsys.readouterr().err
     with pytest.raises(UserError, match="shape"):
         make_phantom(1, (1, 64, 64))
     with pytest.raises(UserError, match="spacing"):

@@ -43,7 +43,7 @@ def btcv(tmp_path: Path) -> Path:
             (root / file).parent.mkdir(parents=True, exist_ok=True)
             nib.save(nib.Nifti1Image(array, AFFINE), root / file)
         lists[key].append(entry)
-    names = {"0": "background", **{str(i): name for i, name in enumerate(DATASETS["BTCV"].label_map.class_names, start=1)}}
+    names = {"0": "background", **{str(i): name for i, name in enumerate(DATASETS["BTCV"].class_names, start=1)}}
     described = {"name": "btcv yucheng", "modality": {"0": "CT"}, "labels": names, "test": ["imagesTs/img0061.nii.gz"], **lists}
     (root / "dataset_0.json").write_text(json.dumps(described))
     return root
@@ -108,7 +108,7 @@ def test_what_is_trained_and_tested_on(btcv: Path) -> None:
     assert prepare(btcv) == 0
     out = btcv.parent / "out"
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["class_names"] == list(DATASETS["BTCV"].label_map.class_names)
+    assert manifest["class_names"] == list(DATASETS["BTCV"].class_names)
     assert (manifest["dataset"], manifest["window"], manifest["orientation"]) == ("BTCV", [-175.0, 250.0], "RAS")
     assert {name: (entry["split"], entry["patient"]) for name, entry in manifest["cases"].items()} == {
         "img0001": ("train", "img0001"),

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from preprocess import synapse
+from preprocess import common, synapse
 
 REPO = Path(__file__).resolve().parents[2]
 TEST_ORDER = [8, 22, 38, 36, 32, 2, 29, 3, 1, 4, 25, 35]
@@ -192,6 +192,32 @@ def test_leftovers_of_a_killed_run_are_taken_away(few):
         (dst / "train_npz" / name).write_bytes(b"half")
     assert run(src, dst) == 0
     assert {path.name for path in (dst / "train_npz").glob("*case0005*")} == {f"case0005_slice{index:03d}.npz" for index in range(4)}
+
+
+def test_a_full_disk_leaves_no_slice_of_a_case(few, monkeypatch, capsys):
+    """Slices take their places together, when all of a case have been written."""
+    src, dst = few
+    honest = common.write_npz
+
+    def write(path, arrays):
+        if "case0006_slice001" in path.name:
+            raise OSError(28, "No space left on device")
+        honest(path, arrays)
+
+    monkeypatch.setattr(common, "write_npz", write)
+    assert run(src, dst) == 2
+    assert "case0006_slice001.npz: cannot be written ([Errno 28] No space left on device)" in capsys.readouterr().err
+    assert {case_of(path) for path in (dst / "train_npz").iterdir()} == {"case0005"}
+    monkeypatch.undo()
+    assert run(src, dst) == 0
+    assert len(list((dst / "train_npz").glob("case0006_slice*.npz"))) == 2
+
+
+def test_the_manifest_counts_the_classes_that_occur(few):
+    src, dst = few
+    assert run(src, dst) == 0
+    for name, entry in json.loads((dst / "manifest.json").read_text())["cases"].items():
+        assert entry["labels_present"] == np.unique(published(src, int(name[4:]))[1])[1:].tolist()
 
 
 def test_files_of_others_are_not_written_over(few, capsys):

@@ -46,7 +46,7 @@ def test_a_series_in_a_zip(tmp_path):
     two = pack(tmp_path / "two.zip", series(tmp_path / "a") | series(tmp_path / "b", "1.2.4"))
     with pytest.raises(UserError, match=r"two\.zip: expected one series, found 2"):
         read_scan(two)
-    np.testing.assert_array_equal(read_volume(two, series="1.2.4").array, ARRAY)
+    np.testing.assert_array_equal(read_scan(two, series="1.2.4").volume.array, ARRAY)
 
 
 def test_one_image_in_a_zip(tmp_path):

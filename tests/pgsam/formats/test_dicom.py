@@ -246,7 +246,7 @@ def test_several_series_are_listed_and_one_is_chosen(tmp_path):
     ):
         read_scan(tmp_path)
     for wanted, image in (("1.2.5.11", first), ("1.2.5.22", second), ("2", second), ("1", first), ("22", second), ("1.2.5.1", first)):
-        assert_is(read_volume(tmp_path, series=wanted), image)
+        assert_is(read_scan(tmp_path, series=wanted).volume, image)
     assert read_scan(tmp_path, series="2").modality == "mr"
     for wanted, count in (("1.2.5", "2"), ("3", "none"), ("1.9", "none"), ("", "none")):
         with pytest.raises(UserError, match=f"found {count}; choose"):

@@ -143,7 +143,10 @@ def test_a_place_in_an_atlas_beside_the_one_in_the_scanner(sform, qform, tmp_pat
 
 @pytest.mark.parametrize(
     ("dtype", "slope", "intercept"),
-    [(np.int16, 1e38, 0), (np.int16, 1e35, -3e38), (np.float32, 1e38, 0), (np.float64, 3e38, 0), (np.float32, 2, 3e38)],
+    [
+        *((np.int16, 1e38, 0), (np.int16, 1e35, -3e38), (np.float32, 1e38, 0), (np.float64, 3e38, 0), (np.float32, 2, 3e38)),
+        *((np.int16, 2, np.nan), (np.int16, 1, np.inf)),  # nibabel refuses these too: "Valid slope but invalid intercept"
+    ],
 )
 def test_scaling_that_makes_voxels_infinite(dtype, slope, intercept, tmp_path):
     largest = {np.float64: 1e300, np.float32: 3e38}.get(dtype, -32768)
@@ -238,6 +241,26 @@ def test_every_flipped_byte_of_the_packed_stream_is_found(tmp_path):
         path.write_bytes(raw[:place] + bytes([raw[place] ^ 0x55]) + raw[place + 1 :])
         with pytest.raises(UserError):
             read_volume(path)
+
+
+@pytest.mark.parametrize("join", [lambda parts: b"".join(parts), lambda parts: b"\0\0\0".join(parts) + bytes(200_000)])
+def test_gzip_data_of_several_members_with_zeros_behind_them(join, tmp_path):
+    """As bgzip writes them, and as tapes leave them."""
+    raw = nib.Nifti1Image(VOXELS, rotated()).to_bytes()
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(join([gzip.compress(part) for part in (raw[:300], b"", raw[300:500], raw[500:])]))
+    assert_lies_as_nibabel_says(path)
+    assert gzip.decompress(path.read_bytes()) == raw
+
+
+@pytest.mark.parametrize("behind", [b"\x1f", b"\x1f\x8b\x08", b"something else", gzip.compress(b"x")[:-1]])
+def test_gzip_data_that_do_not_end_where_they_should(behind, tmp_path):
+    path = save(tmp_path / "a.nii.gz", VOXELS, rotated())
+    path.write_bytes(path.read_bytes() + behind)
+    with pytest.raises((EOFError, gzip.BadGzipFile)):
+        gzip.decompress(path.read_bytes())
+    with pytest.raises(UserError, match="the gzip data are truncated or damaged"):
+        read_volume(path)
 
 
 @pytest.mark.parametrize("folder", ["abdomen_ct", "abdomen_mr", "sarcoma_ct"])
