@@ -17,10 +17,16 @@ Not a medical device.
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pgsam.errors import Parser, UserError, reports_user_errors
+
+if TYPE_CHECKING:
+    from pgsam.engine.infer import CaseResult
+    from pgsam.engine.retrieval import Responder
+    from pgsam.models.base import SliceModel
 
 HERE = Path(__file__).resolve().parent
 DEMO_CHECKPOINT = HERE / "checkpoints" / "demo.safetensors"
@@ -105,19 +111,22 @@ def refuse_scan_flags(args: argparse.Namespace) -> None:
         raise UserError(f"{', '.join(given)}: give the scan that it is about with -i")
 
 
-def refuse_similarity(args: argparse.Namespace, model) -> None:
+def refuse_similarity(args: argparse.Namespace, model: "SliceModel") -> None:
     """Raises a UserError if `--similarity` is given for a model that has none to show."""
     if args.similarity and getattr(model, "aligner", None) is None:
         raise UserError(f"--similarity: {args.checkpoint} has no aligner, so there are no similarity maps; leave it out")
 
 
-def run_bundled_case(model, args: argparse.Namespace) -> None:
+def run_bundled_case(model: "SliceModel", args: argparse.Namespace) -> None:
     """Segments the bundled phantom, prints its scores, writes a picture and the prediction."""
     from datasets.volumes import read_case
-    from pgsam.engine.evaluate import save_case_picture, save_similarity_picture, segment_case
+    from pgsam.engine.evaluate import segment_case
+    from pgsam.engine.pictures import save_case_picture, save_similarity_picture
+    from pgsam.engine.results import make_folder
     from pgsam.engine.speed import speed_up
     from pgsam.engine.text_flags import notes_on_texts, open_slice_texts
-    from pgsam.metrics import class_metrics, format_table, summarise
+    from pgsam.metrics import class_metrics
+    from pgsam.protocols import format_table, summarise
     from pgsam.volume_io import write_volume
 
     card = model.card
@@ -125,6 +134,7 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
     started = time.perf_counter()
     reader = open_slice_texts(args, model)
     respond, _, notes = open_neighbours(args, model)  # looks at the encoder's weights as they are in the file
+    make_folder(args.output)
     speed_up(model, amp=args.amp, channels_last=args.channels_last, compile=args.compile)
     labels = segment_case(model, card, case, DEMO_CASE, args.batch_size, reader, respond("demo_case") if respond is not None else None)
     seconds = time.perf_counter() - started
@@ -134,7 +144,6 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
     print(f"{len(case.image)} slices in {seconds:.1f} s; a procedural phantom, not a patient")
     for note in [*notes_on_texts(card, reader), *notes]:
         print(note)
-    args.output.mkdir(parents=True, exist_ok=True)
     maps = [("reference", case.label), ("prediction", labels)]
     save_case_picture(args.output / "demo_case.png", case.image, maps, card, case.orientation or card.orientation, case.spacing_mm)
     volume = case.on_source_grid(labels)
@@ -145,7 +154,7 @@ def run_bundled_case(model, args: argparse.Namespace) -> None:
         print(f"wrote {similar}: how like each organ's report each place is")
 
 
-def segment_inputs(model, inputs: dict[str, Path], args: argparse.Namespace) -> int:
+def segment_inputs(model: "SliceModel", inputs: dict[str, Path], args: argparse.Namespace) -> int:
     """Segments every scan, prints what was found, and returns the exit code."""
     from datasets.labels import load_label_map
     from pgsam.engine.device import environment
@@ -186,7 +195,7 @@ def segment_inputs(model, inputs: dict[str, Path], args: argparse.Namespace) -> 
     return 0 if not failed else 2 if failed == len(results) else 1
 
 
-def open_neighbours(args: argparse.Namespace, model):
+def open_neighbours(args: argparse.Namespace, model: "SliceModel") -> "tuple[Callable[[str], Responder] | None, dict[str, Any] | None, list[str]]":
     """What segments the scans with the index of `--index`, by a scan's name, what the results say of it, and notes; no such without one.
 
     A scan with the name of a case or a patient of the index, unless `--patient` says whose it is, is not shown its own labels; a note says so.
@@ -205,7 +214,7 @@ def open_neighbours(args: argparse.Namespace, model):
 
     notes = notes_on_retrieval(said)
 
-    def respond(scan: str):
+    def respond(scan: str) -> "Responder":
         if args.patient is not None:
             return retriever.respond_for(args.patient)
         name = next((name for name in names_of(scan) if len(retriever.index.own(name, name))), None)
@@ -222,9 +231,9 @@ def names_of(scan: str) -> list[str]:
     return [scan, *(scan.removesuffix(suffix) for suffix in ("_img", "_0000") if scan.endswith(suffix))]
 
 
-def say_results(results, class_names: Sequence[str], output: Path) -> None:
+def say_results(results: "Sequence[CaseResult]", class_names: Sequence[str], output: Path) -> None:
     """Prints volumes and scores of one scan, a line a scan for several, and where everything lies."""
-    from pgsam.metrics import format_table, summarise
+    from pgsam.protocols import format_table, summarise
 
     done = [result for result in results if result.error is None]
     if len(results) == 1 and done:

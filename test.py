@@ -73,11 +73,11 @@ def refuse_other_classes(card: "ModelCard", folder: "DataFolder") -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
     from pgsam.engine.distributed import joined
-    from pgsam.engine.flags import check_model_flags, parse, require_at_least
+    from pgsam.engine.flags import check_model_flags, parse, require_seed
 
     args = parse(build_parser(), argv)
     check_model_flags(args)
-    require_at_least(args, seed=0)
+    require_seed(args)
     with joined(args.device) as world:
         run_test(args, world)
     return 0
@@ -86,18 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_test(args: argparse.Namespace, world: "World", prepare: "Prepare | None" = None) -> None:
     """Opens everything that the flags name, and tests, by another method where one is prepared."""
     from datasets.volumes import case_path, check_case_header
+    from pgsam.engine.determinism import seed_everything
     from pgsam.engine.device import environment
     from pgsam.engine.evaluate import evaluate, refuse_overlap
     from pgsam.engine.flags import jsonable, open_model
     from pgsam.engine.speed import speed_up
     from pgsam.engine.text_flags import open_slice_texts
-    from pgsam.engine.train import seed_everything
     from preprocess.raw import open_data
 
-    for turn in (True, False):  # a raw dataset is prepared by the first process, and found prepared by the others
-        if turn == world.is_main:
-            folder = open_data(args.volume_path, "test", list_dir=args.list_dir, dataset=args.dataset, prepared=args.prepared)
-        world.barrier()
+    # A raw dataset is prepared by the first process, and found prepared by the others.
+    folder = world.main_first(lambda: open_data(args.volume_path, "test", list_dir=args.list_dir, dataset=args.dataset, prepared=args.prepared))
     for name in folder.names:
         check_case_header(case_path(folder, name), name)
     seed_everything(args.seed, bool(args.deterministic))

@@ -37,7 +37,7 @@ bf16 keeps frozen weights in bf16 too, and what is trained, losses and files in 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,84 +45,22 @@ from typing import TYPE_CHECKING, Any
 from pgsam.errors import Parser, UserError, reports_user_errors
 
 if TYPE_CHECKING:
+    from datasets.held_out import HeldOut
     from datasets.layout import DataFolder
     from datasets.refuge import RatedPictures
     from datasets.slices import SliceDataset
+    from datasets.targets import TargetSlices
     from pgsam.engine.distributed import World
+    from pgsam.engine.predict import Respond
     from pgsam.engine.text_flags import SliceTextReader
-    from pgsam.engine.train import Recipe
+    from pgsam.engine.validate import Validation
+    from pgsam.engine.validate_prompts import PromptValidation
+    from pgsam.engine.validate_raters import RaterValidation
     from pgsam.models.base import SliceModel
     from pgsam.models.card import ModelCard
-    from pgsam.prior.reports import SliceReports
+    from pgsam.prior.slice_reports import SliceReports
 
-# What each published method was trained with. SAMed: 512 px, lr 0.005, 200 epochs of which 160 are run.
-SAMED_RECIPE = {
-    "img_size": 512,
-    "base_lr": 0.005,
-    "max_epochs": 200,
-    "stop_epoch": 160,
-    "warmup": False,
-    "AdamW": False,
-    "augment": "samed",
-    "loss_resolution": "low",
-}
-# PG-SAM: its README's command and its paper. The released code stops at epoch 20 unless told otherwise; here all of max_epochs is run.
-PG_SAM_RECIPE = {
-    "img_size": 224,
-    "base_lr": 0.0026,
-    "max_epochs": 300,
-    "warmup": True,
-    "AdamW": True,
-    "augment": "hsam",
-    "loss_resolution": "both",
-}
-# P2SAM's fine-tuning: LoRA of rank 1 at 1024 px, AdamW, 100 epochs (polyps; 36 on CT). Its rate of 1e-4 is scaled by batch / 256 without a word,
-# to 1.6e-6; here it is as it says.
-PROMPTABLE_RECIPE = {
-    "img_size": 1024,
-    "base_lr": 1e-4,
-    "max_epochs": 100,
-    "batch_size": 4,
-    "weight_decay": 0.05,
-    "rank": 1,
-    "warmup": True,
-    "AdamW": True,
-    "augment": "affine",
-}
-# Medical-SAM-Adapter's: Adam without weight decay, 1e-4, 256 px, 100 epochs. What differs is what all modules share: the rate decays by the step
-# (published: constant), 12 slices a step (2), augmentation (none), and cross-entropy with Dice of all classes (binary cross-entropy of one mask, with
-# a weight of 2 on the object).
-SAM_ADAPTER_RECIPE = {
-    "img_size": 256,
-    "base_lr": 1e-4,
-    "max_epochs": 100,
-    "weight_decay": 0.0,
-    "warmup": False,
-    "AdamW": True,
-    "augment": "affine",
-    "loss_resolution": "both",
-}
 MOST_CLASSES = 255
-WARMUP_PERIOD = 250  # steps; SAMed's and PG-SAM's
-RECIPES: dict[str, dict[str, Any]] = {
-    "pg_sam": PG_SAM_RECIPE,
-    "sam_lora_image_encoder": SAMED_RECIPE,
-    "sam_lora_image_encoder_mask_decoder": SAMED_RECIPE,
-    "sam_adapter": SAM_ADAPTER_RECIPE,
-    "sam_promptable": PROMPTABLE_RECIPE,
-}
-# How each module can be tuned, its default first.
-TUNES = {
-    "pg_sam": ("lora", "adapter", "full"),
-    "sam_lora_image_encoder": ("lora", "full"),
-    "sam_lora_image_encoder_mask_decoder": ("lora",),
-    "sam_adapter": ("adapter",),
-    "sam_promptable": ("lora", "adapter", "full"),
-}
-TUNED_BY = ("lora", "adapter", "full")
-# Flags that only a module with text knows: name in args -> its default there.
-PRIOR_FLAGS = {"class_tokens": "learned", "aligner": "gated", "fusion": "gated", "refine_steps": 3, "alignment_weight": 0.5, "deep_weight": 0.5}
-TEXT_FLAGS = ("reports", "text_encoder", "text_lora", "slice_reports", "text_dir", "text_list", "text_saw_labels", "allow_missing_text")
 
 
 def build_parser() -> Parser:
@@ -134,8 +72,9 @@ def build_parser() -> Parser:
     from pgsam.engine.flags import add_deterministic
     from pgsam.engine.prompt_flags import add_prompt_flags
     from pgsam.engine.recall import RAG_TUNES
+    from pgsam.engine.recipe import AMP
     from pgsam.engine.text_flags import add_slice_report_flags
-    from pgsam.engine.train import AMP
+    from pgsam.engine.train_flags import TUNED_BY, WARMUP_PERIOD
     from pgsam.losses import REDUCTIONS
     from pgsam.models import BUILDERS, DEFAULT_MODULE
     from pgsam.models.pg_sam import CLASS_TOKENS, FUSIONS, NO_ALIGNER
@@ -222,140 +161,13 @@ def build_parser() -> Parser:
     return parser
 
 
-def resolve(args: argparse.Namespace) -> None:
-    """Fills in the defaults that depend on the module and checks every value that needs no file."""
-    from pgsam.engine.flags import check_img_size, require_at_least
-    from pgsam.engine.prompt_flags import RATERS_RECIPE, check_raters, resolve_prompts
-    from pgsam.engine.recall import resolve_memory
-    from pgsam.models import PROMPTED
-
-    check_raters(args)
-    recipe = RECIPES[args.module] if args.prompt is None else RATERS_RECIPE
-    for name, value in recipe.items():
-        if getattr(args, name) is None and name not in ("stop_epoch", "rank"):
-            setattr(args, name, value)
-    args.batch_size = 12 if args.batch_size is None else args.batch_size
-    if args.warmup_period is None and args.prompt is None:
-        args.warmup_period = WARMUP_PERIOD
-    if args.input_size is None:
-        args.input_size = args.img_size if args.module in PROMPTED else 224
-    resolve_prompts(args)
-    if args.stop_epoch is None:
-        args.stop_epoch = min(recipe.get("stop_epoch", args.max_epochs), args.max_epochs)
-    require_at_least(args, num_classes=1, rank=1, input_size=16, max_epochs=1, stop_epoch=1, batch_size=1)
-    require_at_least(args, warmup_period=1, weight_decay=0, num_workers=0, seed=0, grad_accum=1, save_interval=1)
-    resolve_text(args)
-    resolve_memory(args)
-    resolve_validation(args)
-    check_img_size(args.img_size)
-    if args.stop_epoch > args.max_epochs:
-        raise UserError(f"--stop_epoch {args.stop_epoch}: expected at most --max_epochs {args.max_epochs}, the length of the schedule")
-    if not args.base_lr > 0:
-        raise UserError(f"--base_lr {args.base_lr}: expected a positive number")
-    if args.grad_clip is not None and not args.grad_clip > 0:
-        raise UserError(f"--grad_clip {args.grad_clip}: expected a positive number")
-    if not 0 <= args.dice_param <= 1:
-        raise UserError(f"--dice_param {args.dice_param}: expected a number from 0 to 1")
-    if args.augment_on == "device" and (args.augment != "samed" or args.module in PROMPTED or (args.depth_slices or 1) > 1):
-        what = f"--augment {args.augment} of {args.module}" + (" over neighbouring slices" if (args.depth_slices or 1) > 1 else "")
-        raise UserError(f"--augment_on device: knows --augment samed of classes only, not {what}; leave it out")
-    resolve_tuning(args, recipe)
-
-
-def resolve_tuning(args: argparse.Namespace, recipe: dict[str, Any]) -> None:
-    """The part of `resolve` that is about what is trained in the encoder."""
-    from pgsam.sam.build import vit_sizes
-
-    args.tune = args.tune or TUNES[args.module][0]
-    if args.tune == "full" and args.module == "sam_lora_image_encoder_mask_decoder":
-        raise UserError(f"--tune full: trains every parameter, which leaves nothing of --module {args.module}; use sam_lora_image_encoder")
-    if args.tune not in TUNES[args.module]:
-        able = ", ".join(module for module, tunes in TUNES.items() if args.tune in tunes)
-        raise UserError(f"--tune {args.tune}: --module {args.module} is tuned by {' or '.join(TUNES[args.module])}; leave it out, or use {able}")
-    if args.tune == "full" and args.shard:
-        raise UserError("--shard: spreads frozen weights, and --tune full leaves none; leave one of them out")
-    if args.tune == "full" and args.rank is not None:
-        raise UserError(f"--rank {args.rank}: --tune full trains every parameter and has no LoRA; leave --rank out")
-    if args.tune == "adapter" and args.rank is not None:
-        raise UserError(f"--rank {args.rank}: --tune adapter has no LoRA; leave --rank out")
-    if args.tune == "lora" and args.rank is None:
-        args.rank = recipe.get("rank", 4)
-    if args.rank is not None and args.rank > vit_sizes(args.vit_name).out_chans:
-        raise UserError(f"--rank {args.rank}: expected at most {vit_sizes(args.vit_name).out_chans}, the decoder's width")
-    if args.adapter_start is not None and args.tune != "adapter":
-        raise UserError(f"--adapter_start: --tune {args.tune} has no adapters; leave it out, or give --tune adapter")
-    if args.depth_slices is not None and args.module != "sam_adapter":
-        raise UserError(f"--depth_slices {args.depth_slices}: --module {args.module} sees single slices; leave it out, or use --module sam_adapter")
-    if args.depth_slices is not None and (args.depth_slices < 1 or args.depth_slices % 2 == 0):
-        raise UserError(f"--depth_slices {args.depth_slices}: expected an odd number, such as 3: the slice itself and as many on either side")
-
-
-def resolve_validation(args: argparse.Namespace) -> None:
-    """The part of `resolve` that is about validation."""
-    from datasets.held_out import check_share
-    from pgsam.engine.flags import require_at_least
-
-    require_at_least(args, val_interval=1, patience=1)
-    if args.val_list is not None and args.val_share is not None:
-        raise UserError("--val_list and --val_share both say what to validate on; give one of them")
-    if args.val_list is None and args.val_share is None:
-        idle = [f"--{name}" for name in ("val_interval", "patience") if getattr(args, name) is not None]
-        if idle:
-            raise UserError(f"{', '.join(idle)}: nothing is validated without --val_list or --val_share; give one of them, or leave it out")
-        return
-    if args.val_share is not None:
-        check_share(args.val_share)
-    args.val_interval = args.val_interval or 1
-    if args.val_interval > args.stop_epoch:
-        raise UserError(f"--val_interval {args.val_interval}: expected at most --stop_epoch {args.stop_epoch}, else nothing is ever validated")
-
-
-def is_given(args: argparse.Namespace, name: str) -> bool:
-    """Whether a flag without a default stands on the command line, be its value 0."""
-    value = getattr(args, name)
-    return value is not None and value is not False
-
-
-def resolve_text(args: argparse.Namespace) -> None:
-    """The part of `resolve` that is about reports and what reads them."""
-    from pgsam.engine.flags import require_at_least
-    from pgsam.models import READS_TEXT
-    from pgsam.prior.text_encoder import BUILTIN_ENCODER
-
-    if args.module not in READS_TEXT:
-        foreign = [f"--{name}" for name in (*PRIOR_FLAGS, *TEXT_FLAGS) if is_given(args, name)]
-        if foreign:
-            raise UserError(f"{', '.join(foreign)}: --module {args.module} has no such part; leave it out, or use --module {READS_TEXT[0]}")
-        return
-    given = {name for name in PRIOR_FLAGS if getattr(args, name) is not None}
-    for name, value in PRIOR_FLAGS.items():
-        if name not in given:
-            setattr(args, name, value)
-    if "alignment_weight" in given and args.aligner != "gated":
-        raise UserError(f"--alignment_weight: --aligner {args.aligner} has no maps that a loss could train; leave it out")
-    if "deep_weight" in given and not args.refine_steps:
-        raise UserError("--deep_weight: with --refine_steps 0 there are no steps to supervise; leave it out")
-    require_at_least(args, refine_steps=0, alignment_weight=0, deep_weight=0, text_lora=0)
-    if args.class_tokens == "text" and (args.allow_missing_text and args.slice_reports is None and args.text_dir is None):
-        raise UserError("--allow_missing_text: with --class_tokens text a class is its report, so no organ's may be missing; leave it out")
-    if args.class_tokens == "text" and args.reports == "none":
-        raise UserError("--reports none: with --class_tokens text a class is its report; use --class_tokens learned")
-    reads = args.class_tokens == "text" or args.aligner != "none"
-    unread = [f"--{name}" for name in TEXT_FLAGS if is_given(args, name)]
-    if unread and not reads:
-        raise UserError(f"{', '.join(unread)}: nothing reads it with --aligner none and learned class tokens; leave it out")
-    if args.aligner == "none" and (args.slice_reports is not None or args.text_dir is not None):
-        raise UserError("--aligner none: reports on slices are read by the aligner; leave them out, or give an aligner")
-    args.text_encoder, args.text_lora = args.text_encoder or BUILTIN_ENCODER, args.text_lora or 0
-
-
 def class_names_of(folder: "DataFolder", args: argparse.Namespace) -> tuple[str, ...]:
     """The classes of the data: its manifest's, else those of `--dataset`, else as many as `--num_classes` without names."""
     from datasets.labels import DATASETS, DEFAULT_DATASET
     from pgsam.volume import BTCV_ORIENTATION, CT_WINDOW
 
     manifest = folder.manifest or {}
-    names = tuple(manifest.get("class_names") or DATASETS[args.dataset or DEFAULT_DATASET].label_map.class_names)
+    names = tuple(manifest.get("class_names") or DATASETS[args.dataset or DEFAULT_DATASET].class_names)
     if args.num_classes is not None and args.num_classes != len(names):
         if manifest:
             raise UserError(f"--num_classes {args.num_classes}: the manifest of {folder.files.parent} says {len(names)} ({', '.join(names)})")
@@ -415,6 +227,7 @@ def card_of(folder: "DataFolder", names: tuple[str, ...], ckpt: Path | None, opt
 def options_of(args: argparse.Namespace, *, slice_text: bool) -> dict[str, Any]:
     """The module's options, as the checkpoint stores them: PG-SAM's parts, and whatever else differs from its defaults."""
     from datasets.refuge import CHANNELS
+    from pgsam.engine.train_flags import TUNES
     from pgsam.models import option_defaults
 
     options: dict[str, Any] = {} if args.tune == TUNES[args.module][0] else {"tune": args.tune}
@@ -441,107 +254,135 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
     from pgsam.engine.distributed import joined
     from pgsam.engine.flags import parse
+    from pgsam.engine.run_start import choose_run
+    from pgsam.engine.train_flags import resolve
 
     args = parse(build_parser(), argv)
     resolve(args)
     with joined(args.device) as world:
-        resuming = choose_run(args)
-        if len(set(world.gather(resuming))) > 1:
-            raise UserError(f"{args.output}: expected a folder that all machines share, found a run in it on some only; name one on such a disk")
+        resuming = choose_run(args, world)
         if args.shard and world.size == 1:
             raise UserError("--shard: expected several processes to spread the weights over, found one; start with torchrun, or leave it out")
         run_training(args, list(argv if argv is not None else sys.argv[1:]), world, resuming=resuming)
     return 0
 
 
-def choose_run(args: argparse.Namespace) -> bool:
-    """Whether a run goes on; `--resume DIR` makes that folder the output."""
-    from pgsam.engine.run_folder import RunFolder, has_state
-
-    if args.resume is None:
-        RunFolder.check_free(args.output)
-        return False
-    if args.resume != "auto":
-        if not has_state(args.resume):
-            raise UserError(f"--resume {args.resume}: expected a run folder with last.pt or prev.pt, found none; name one, or auto")
-        args.output = args.resume
-        return True
-    if has_state(args.output):
-        return True
-    RunFolder.check_free(args.output, resume=True)
-    return False
-
-
-def commands(argv: list[str], world: "World", program: str = "train.py") -> tuple[list[str], str]:
-    """This command, and a line for a shell that goes on with its run."""
-    import os
-    import shlex
-
-    start = ["python", program]
-    if world.size > 1:
-        start = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", str(world.size)), program]
-    resumes = any(word == "--resume" or word.startswith("--resume=") for word in argv)
-    return [*start, *argv], shlex.join([*start, *argv, *(() if resumes else ("--resume", "auto"))])
-
-
 def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, resuming: bool) -> None:
     """Builds everything that the flags name, and trains."""
-    from datasets.augment import AUGMENTATIONS
     from datasets.device_augment import DeviceAugmentation
-    from datasets.held_out import hold_out_list, hold_out_share
-    from datasets.refuge import TRAINING, RatedPictures, hold_out_pictures, open_refuge
     from datasets.slices import SliceDataset
-    from datasets.targets import TargetSlices
-    from pgsam.engine.checkpoint import start_from, with_told
+    from pgsam.engine.determinism import seed_everything
     from pgsam.engine.flags import jsonable, resolve_ckpt
     from pgsam.engine.prompt_flags import choose_targets
     from pgsam.engine.recall import open_memory
-    from pgsam.engine.run_folder import RunFolder, newest_state
+    from pgsam.engine.run_start import commands, open_run, train_in
     from pgsam.engine.text_flags import SliceTextReader, read_store
-    from pgsam.engine.train import Trainer, seed_everything, write_provenance
-    from pgsam.engine.validate import Validation
-    from pgsam.engine.validate_prompts import PromptValidation
-    from pgsam.engine.validate_raters import RaterValidation
-    from pgsam.models import PROMPTED, build_model
+    from pgsam.engine.train import Trainer
+    from pgsam.engine.train_flags import recipe_of
+    from pgsam.models import PROMPTED
     from pgsam.models.pg_sam import text_dim
     from pgsam.sam.weights import require_file
     from pgsam.tuning.trainable import trainable_report
-    from preprocess.raw import open_data
 
     ckpt = resolve_ckpt(args.ckpt, args.vit_name)
     if ckpt is not None:  # before a raw dataset is prepared, which takes a while
         require_file(ckpt, f"the official SAM file of {args.vit_name}")
-    rated = args.prompt is not None
-    for turn in (True, False):  # a raw dataset is prepared by the first process, and found prepared by the others
-        if turn == world.is_main:
-            if rated:
-                folder = open_refuge(args.root_path, TRAINING)
-            else:
-                folder = open_data(args.root_path, "train", list_dir=args.list_dir, dataset=args.dataset, prepared=args.prepared)
-        world.barrier()
-    refuse_overlap(folder, args.allow_overlap)
-    held_out = None
-    if rated:
-        folder, held_out = hold_out_pictures(folder, names_file=args.val_list, share=args.val_share, seed=args.seed)
-    elif args.val_list is not None:
-        folder, held_out = hold_out_list(folder, args.val_list, allow_overlap=args.allow_overlap)
-    elif args.val_share is not None:
-        folder, held_out = hold_out_share(folder, args.val_share, args.seed)
+    folder, held_out = open_folder(args, world)
     names = class_names_of(folder, args)
-    sizes = {"num_classes": len(names), "img_size": args.img_size, "input_size": args.input_size}
-    drawn = {"seed": args.seed, "augment": AUGMENTATIONS[args.augment]}
     classes = choose_targets(args.target_classes, names) if args.module in PROMPTED else names
-    dataset: SliceDataset | RatedPictures
-    if rated:
-        dataset = RatedPictures(folder, img_size=args.img_size, **drawn)
-    elif args.module in PROMPTED:
-        dataset = TargetSlices(folder, targets=[names.index(name) + 1 for name in classes], **sizes, **drawn)
-        folder = dataset.folder
-    else:
-        dataset = SliceDataset(folder, depth_slices=args.depth_slices or 1, **sizes, **drawn, unfinished=args.augment_on == "device")
+    dataset = dataset_of(args, folder, names, classes)
+    folder = dataset.folder  # of targets: without the slices that show none
     store = read_store(args)
     seed_everything(args.seed, bool(args.deterministic))
-    options = options_of(args, slice_text=store is not None)
+    model, card = model_of(args, folder, classes, ckpt, slice_text=store is not None)
+    memory = None
+    if args.index is not None:
+        memory, card = open_memory(args, model, card, folder, held_out)
+    reader = None
+    if store is not None and isinstance(dataset, SliceDataset):
+        encoder = None if args.text_lora else args.text_encoder
+        reader = SliceTextReader(store, encoder=encoder, dim=text_dim(model), allow_missing=args.allow_missing_text)
+        dataset.texts, dataset.missing_text = reader.read(dataset.names), reader.missing
+    validation = validation_of(args, held_out, card, names, world, texts=reader, respond=memory.respond if memory else None)
+    command, again = commands(argv, world, "train.py")
+    opened = open_run(args, world, resuming=resuming)
+    trainer = Trainer(
+        model,
+        dataset,
+        recipe_of(args, world.device.type),
+        opened.folder,
+        card,
+        world,
+        validate=validation,
+        finish=DeviceAugmentation(args.input_size, args.img_size, world.device) if args.augment_on == "device" else None,
+        flags=jsonable(args),
+        again=again,
+        recall=memory.recall if memory else None,
+    )
+    lines = [
+        *([f"slices are read from {dataset.store.folder}"] if isinstance(dataset, SliceDataset) and dataset.store is not None else []),
+        trainable_report(model),
+        *texts_report(model, reader, len(names)),
+        *targets_report(dataset, classes, args.prompt),
+        *label_warning(store),
+        *(memory.describe(held_out) if memory else ()),
+        *(validation.describe() if validation else ()),
+    ]
+    files = {"train_list": folder.list_file, "val_list": args.val_list, "manifest": folder.files.parent / "manifest.json"}
+    train_in(opened, trainer, command, lines, files)
+
+
+def open_folder(args: argparse.Namespace, world: "World") -> "tuple[DataFolder, HeldOut | None]":
+    """The slices to train on and the cases to validate on, which are not among them; a raw dataset is prepared.
+
+    Raises:
+        UserError: as `open_data`, a patient is in two splits, or there is nothing of what `--val_list` or `--val_share` asks for.
+    """
+    from datasets.held_out import hold_out_list, hold_out_share
+    from datasets.refuge import TRAINING, hold_out_pictures, open_refuge
+    from preprocess.raw import open_data
+
+    def find() -> "DataFolder":
+        if args.prompt is not None:
+            return open_refuge(args.root_path, TRAINING)
+        return open_data(args.root_path, "train", list_dir=args.list_dir, dataset=args.dataset, prepared=args.prepared)
+
+    folder = world.main_first(find)  # a raw dataset is prepared by the first process, and found prepared by the others
+    refuse_overlap(folder, args.allow_overlap)
+    if args.prompt is not None:
+        return hold_out_pictures(folder, names_file=args.val_list, share=args.val_share, seed=args.seed)
+    if args.val_list is not None:
+        return hold_out_list(folder, args.val_list, allow_overlap=args.allow_overlap)
+    return hold_out_share(folder, args.val_share, args.seed) if args.val_share is not None else (folder, None)
+
+
+def dataset_of(
+    args: argparse.Namespace, folder: "DataFolder", names: Sequence[str], classes: Sequence[str]
+) -> "SliceDataset | TargetSlices | RatedPictures":
+    """The training samples; `names` are the classes of the labels, `classes` those that are trained."""
+    from datasets.augment import AUGMENTATIONS
+    from datasets.refuge import RatedPictures
+    from datasets.slices import SliceDataset
+    from datasets.targets import TargetSlices
+    from pgsam.models import PROMPTED
+
+    sizes = {"num_classes": len(names), "img_size": args.img_size, "input_size": args.input_size}
+    drawn = {"seed": args.seed, "augment": AUGMENTATIONS[args.augment]}
+    if args.prompt is not None:
+        return RatedPictures(folder, img_size=args.img_size, **drawn)
+    if args.module in PROMPTED:
+        return TargetSlices(folder, targets=[names.index(name) + 1 for name in classes], **sizes, **drawn)
+    return SliceDataset(folder, depth_slices=args.depth_slices or 1, **sizes, **drawn, unfinished=args.augment_on == "device")
+
+
+def model_of(
+    args: argparse.Namespace, folder: "DataFolder", classes: tuple[str, ...], ckpt: Path | None, *, slice_text: bool
+) -> "tuple[SliceModel, ModelCard]":
+    """The model at its start, that of `--lora_ckpt` if one is given, and its card."""
+    from pgsam.engine.checkpoint import start_from, with_told
+    from pgsam.models import build_model
+
+    options = options_of(args, slice_text=slice_text)
     model = build_model(
         args.module,
         vit_name=args.vit_name,
@@ -554,94 +395,36 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
         **options,
         **text_settings_of(args),
     )
-    asked = {"prompt": args.prompt} if rated else {}
+    asked = {} if args.prompt is None else {"prompt": args.prompt}
     card = with_told(card_of(folder, classes, ckpt, {**options, **asked}, args), model)
     if args.lora_ckpt is not None:
         start_from(model, args.lora_ckpt, card)
-    memory = None
-    if args.index is not None:
-        memory, card = open_memory(args, model, card, folder, held_out)
-    reader = None
-    if store is not None and isinstance(dataset, SliceDataset):
-        encoder = None if args.text_lora else args.text_encoder
-        reader = SliceTextReader(store, encoder=encoder, dim=text_dim(model), allow_missing=args.allow_missing_text)
-        dataset.texts, dataset.missing_text = reader.read(dataset.names), reader.missing
-    validation: Validation | PromptValidation | RaterValidation | None = None
-    if held_out is not None and rated:
-        validation = RaterValidation(held_out, classes, world, prompt=args.prompt)
-    elif held_out is not None and args.module in PROMPTED:
-        validation = PromptValidation(held_out, card, names, world)
-    elif held_out is not None:
-        validation = Validation(held_out, card, world, texts=reader, respond=memory.respond if memory else None)
-    recipe = recipe_of(args, world.device.type)
-    command, again = commands(argv, world)
-    state, warning = newest_state(args.output) if resuming else (None, None)
-    for turn in (True, False):
-        if turn == world.is_main:
-            run = RunFolder(args.output, resume=args.resume is not None or not world.is_main)
-        world.barrier()  # behind it, all have read the state
-    if world.is_main and args.resume is not None:
-        run.clear_up(fell_back=warning is not None)
-    recall = memory.recall if memory else None
-    finish = DeviceAugmentation(args.input_size, args.img_size, world.device) if args.augment_on == "device" else None
-    trainer = Trainer(model, dataset, recipe, run, card, world, validate=validation, finish=finish, flags=jsonable(args), again=again, recall=recall)
-    trainer.require_space()
-    if state is not None:
-        trainer.go_on_from(state, args.output)
-    if world.is_main:
-        listed = {
-            "train_list": folder.list_file,
-            "val_list": args.val_list and Path(args.val_list),
-            "manifest": folder.files.parent / "manifest.json",
-        }
-        write_provenance(run, command, jsonable(args), recipe, card, model, listed)
-    for line in (
-        f"--resume auto: {args.output} holds no training state; a fresh start" if args.resume is not None and not resuming else None,
-        warning,
-        f"slices are read from {dataset.store.folder}" if isinstance(dataset, SliceDataset) and dataset.store is not None else None,
-        trainable_report(model),
-        *texts_report(model, reader, len(names)),
-        *targets_report(dataset, classes, args.prompt),
-        *label_warning(store),
-        *(memory.describe(held_out) if memory else ()),
-        *(validation.describe() if validation else ()),
-    ):
-        if line is not None:
-            trainer.say(line)
-    trainer.fit()
+    return model, card
 
 
-def recipe_of(args: argparse.Namespace, device_type: str) -> "Recipe":
-    """The recipe that the flags name."""
-    from pgsam.engine.train import Recipe, default_workers
+def validation_of(
+    args: argparse.Namespace,
+    held_out: "HeldOut | None",
+    card: "ModelCard",
+    names: Sequence[str],
+    world: "World",
+    *,
+    texts: "SliceTextReader | None",
+    respond: "Callable[[str], Respond] | None",
+) -> "Validation | PromptValidation | RaterValidation | None":
+    """What is done with the held-out cases, if there are any; `names` are the classes of the labels."""
+    from pgsam.engine.validate import Validation
+    from pgsam.engine.validate_prompts import PromptValidation
+    from pgsam.engine.validate_raters import RaterValidation
+    from pgsam.models import PROMPTED
 
-    same: tuple[str, ...] = (
-        "base_lr",
-        "batch_size",
-        "max_epochs",
-        "stop_epoch",
-        "weight_decay",
-        "dice_param",
-        "loss_resolution",
-        "seed",
-        "dice_reduction",
-        "amp",
-    )
-    same += ("grad_accum", "grad_clip", "compile", "channels_last", "save_interval", "shard", "prompt_rounds")
-    return Recipe(
-        **{name: getattr(args, name) for name in same},
-        rater_prompt=args.prompt,
-        milestones=() if args.prompt is not None else None,  # a constant rate
-        gamma=1.0 if args.prompt is not None else None,
-        warmup_period=args.warmup_period if args.warmup else 0,
-        adamw=args.AdamW,
-        alignment_weight=args.alignment_weight or 0.0,
-        deep_weight=args.deep_weight or 0.0,
-        deterministic=bool(args.deterministic),
-        val_interval=args.val_interval or 1,
-        patience=args.patience,
-        num_workers=default_workers(device_type) if args.num_workers is None else args.num_workers,
-    )
+    if held_out is None:
+        return None
+    if args.prompt is not None:
+        return RaterValidation(held_out, card.class_names, world, prompt=args.prompt)
+    if args.module in PROMPTED:
+        return PromptValidation(held_out, card, names, world)
+    return Validation(held_out, card, world, texts=texts, respond=respond)
 
 
 def texts_report(model: "SliceModel", reader: "SliceTextReader | None", num_classes: int) -> list[str]:
@@ -656,7 +439,7 @@ def texts_report(model: "SliceModel", reader: "SliceTextReader | None", num_clas
     return lines
 
 
-def targets_report(dataset: "SliceDataset | RatedPictures", classes: Sequence[str], prompt: str | None) -> list[str]:
+def targets_report(dataset: "SliceDataset | TargetSlices | RatedPictures", classes: Sequence[str], prompt: str | None) -> list[str]:
     """A line on what is looked for, and one on what the model is told that only the labels know."""
     from datasets.targets import TargetSlices
     from pgsam.engine.validate_raters import PROMPT_WORDS

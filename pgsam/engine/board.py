@@ -7,7 +7,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from datasets.labels import colour_of
 from datasets.volumes import Case
-from pgsam.engine.evaluate import similarity_rows
+from pgsam.engine.pictures import labelled_slices, similarity_rows
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.overlay import for_display, montage, overlay, pictures_for_display
@@ -41,10 +41,8 @@ class Panel:
     def __init__(self, case: Case, card: ModelCard) -> None:
         turned = as_trained(case.label, case, card)
         label = turned.array
-        labelled = np.flatnonzero(label.any(axis=(1, 2)))
-        where = labelled if len(labelled) else np.arange(len(label))
         self.name, self.card = case.name, card
-        self.numbers = where[np.unique(np.linspace(0, len(where) - 1, COLUMNS + 2).round().astype(int)[1:-1])]
+        self.numbers = labelled_slices(label, COLUMNS)
         self.image, self.label = image_as_trained(case, card)[self.numbers], label[self.numbers]
         self.orientation = card.orientation if case.geometry is None else turned.orientation
         self.spacing_hw = turned.spacing_mm[1:]

@@ -25,11 +25,22 @@ from pgsam.models.msa_files import MsaFile, describe_msa_state, fill_from_msa, m
 from pgsam.models.pg_sam import PGSam, Told, replace_reports, require_encoder, tune_text_encoder
 from pgsam.models.promptable import SAM_PROMPTABLE, build_promptable
 from pgsam.models.samed import describe_samed_state, from_samed_state, is_samed_state
-from pgsam.prior.reports import reports_hash
+from pgsam.prior.organ_reports import reports_hash
 from pgsam.prior.text_encoder import load_text_encoder
 from pgsam.retrieval.memory import MemoryAttention
 from pgsam.sam.build import VITS
-from pgsam.sam.weights import OFFICIAL_FILES, fit_sam, read_sam, read_state_dict, read_torch, require_file, resize_positions, sha256_of, vit_of
+from pgsam.sam.weights import (
+    OFFICIAL_FILES,
+    fit_sam,
+    read_sam,
+    read_state_dict,
+    read_torch,
+    require_file,
+    require_tensors,
+    resize_positions,
+    sha256_of,
+    vit_of,
+)
 from pgsam.volume_io import replacing
 from pgsam.volumetric.model import M_SAM
 
@@ -218,6 +229,12 @@ def load_model(
 
     Raises:
         UserError: a file is absent, damaged, or not what is needed; the message says what is.
+
+    Example:
+        >>> from pgsam import load_model
+        >>> model = load_model("checkpoints/demo.safetensors", device="cpu")
+        >>> model.card.module, model.img_size, model.class_names[:3]
+        ('pg_sam', 224, ('spleen', 'right kidney', 'left kidney'))
     """
     path = Path(checkpoint)
     require_file(path, _EXPECTED)
@@ -309,21 +326,11 @@ def _at_size_of(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
 def _fill(model: SliceModel, state: Mapping[str, Tensor], path: Path, card: ModelCard, ckpt: str | Path | None, allow_other_base: bool) -> None:
     """Loads `state` into `model`, and what it does not hold from the SAM file; every tensor must be accounted for."""
     target = trained_state(model, everything=True)
-    problems = {
-        "unknown": [name for name in state if name not in target],
-        "of another shape": [name for name, value in state.items() if name in target and target[name].shape != value.shape],
-    }
     frozen = set(target) - set(trained_state(model))
     if frozen and not frozen & set(state):  # a file holds all that is frozen, or leaves it to the SAM file
         base = _base_tensors(model, path, card, ckpt, allow_other_base)
         state = {**{name: base[name] for name in frozen & set(base)}, **state}
-    problems["absent"] = [name for name in target if name not in state]
-    for problem, names in problems.items():
-        if names:
-            raise UserError(
-                f"{path}: expected the tensors of {card.module} with {card.vit_name} at {card.img_size} px, {len(names)} are {problem}: "
-                f"{', '.join(sorted(names)[:5])}; another version wrote it, or it is damaged"
-            )
+    require_tensors(state, target, path, f"the tensors of {card.module} with {card.vit_name} at {card.img_size} px")
     model.load_state_dict(state, strict=False)  # every tensor is accounted for; a text encoder's own come from its files
 
 

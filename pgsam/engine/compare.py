@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgsam.errors import UserError
-from pgsam.metrics import PROTOCOLS, CaseTable, bootstrap_weights, resampled_means, summary_cells
+from pgsam.protocols import PROTOCOLS, CaseTable, bootstrap_weights, resampled_means, summary_cells
 
 MEAN = "mean"  # in the place of an organ: the mean over organs
 IN_MM = {"strict": ("dsc", "hd95_mm", "hd95_mm_penalised"), "transunet": ("dsc", "hd95_vox")}
@@ -60,7 +60,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table, in the metric's own unit; as the cells of `pgsam.metrics.summarise`."""
+    """One number of a table, in the metric's own unit; as the cells of `pgsam.protocols.summarise`."""
 
     mean: float | None
     ci95: tuple[float, float] | None
@@ -80,20 +80,18 @@ class Comparison:
     cells: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Cell]]]]
 
 
-def compare(results: Sequence[Result], organs: Sequence[str], *, n_resamples: int = 1000, seed: int = 0) -> Comparison:
+def compare(results: Sequence[Result], organs: Sequence[str]) -> Comparison:
     """Compares every row with the first.
 
     Args:
         results: at least one, all on the same cases.
         organs: in the order of the tables; every case has a row for each.
-        n_resamples: bootstrap resamples.
-        seed: of the resampling.
 
     Raises:
         UserError: the rows, or the seeds of one, were measured on other cases or organs.
     """
     cases = check_same(results, organs)
-    weights = bootstrap_weights(len(cases), n_resamples, seed)
+    weights = bootstrap_weights(len(cases))
     metrics = metrics_of(results)
     cells: dict[str, dict[str, dict[str, dict[str, Cell]]]] = {result.name: {} for result in results}
     for protocol, names in metrics.items():

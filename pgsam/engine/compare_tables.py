@@ -9,14 +9,8 @@ from pathlib import Path
 from pgsam.dot_plot import Dots, Panel, dot_plot
 from pgsam.engine.compare import MEAN, Cell, Comparison, Difference, Result, seed_means
 from pgsam.overlay import save_png
+from pgsam.protocols import SHOWN
 
-# metric -> title, factor of the printed number, decimals, whether more is better
-METRICS = {
-    "dsc": ("DSC [0-100]", 100.0, 2, True),
-    "hd95_mm": ("HD95 [mm]", 1.0, 2, False),
-    "hd95_mm_penalised": ("HD95 penalised [mm]", 1.0, 2, False),
-    "hd95_vox": ("HD95 [voxels]", 1.0, 2, False),
-}
 ABSENT = "-"
 FIELDS = ("row", "protocol", "metric", "organ", "mean", "low", "high", "n", "n_undefined")
 DIFFERENCES = ("difference", "difference_low", "difference_high", "share_beyond_0", "pairs")
@@ -124,7 +118,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     trained = any(result.parameters != 0 for result in comparison.results)  # a row that is not may lie so far off that it hides their differences
     panels = []
     for metric in (comparison.metrics["strict"][0], comparison.metrics["strict"][-1]):
-        title, factor, _, _ = METRICS[metric]
+        factor = SHOWN[metric].factor
         dots = []
         for result in comparison.results:
             cell = comparison.cells[result.name]["strict"][metric][MEAN]
@@ -134,7 +128,7 @@ def draw(comparison: Comparison, path: Path) -> None:
             dots.append(
                 Dots(values, mean=None if cell.mean is None else factor * cell.mean, interval=interval, faint=trained and result.parameters == 0)
             )
-        panels.append(Panel(title, tuple(dots)))
+        panels.append(Panel(SHOWN[metric].head, tuple(dots)))
     foot = f"strict protocol, {len(comparison.cases)} cases: mean over organs, 95 % interval over cases, a dot a seed"
     save_png(dot_plot(names, panels, foot=foot), path)
 
@@ -151,7 +145,7 @@ def _of_one_seed(comparison: Comparison, result: Result, table: object, metric: 
 
 
 def _overview(comparison: Comparison, columns: Sequence[tuple[str, str]]) -> Block:
-    head = ("method", *(f"{METRICS[metric][0]}, {protocol}" for protocol, metric in columns), "trainable", "minutes", "slices/s")
+    head = ("method", *(f"{SHOWN[metric].head}, {protocol}" for protocol, metric in columns), "trainable", "minutes", "slices/s")
     lines = []
     for result in comparison.results:
         cells = [show(comparison.cells[result.name][protocol][metric][MEAN], metric) for protocol, metric in columns]
@@ -163,7 +157,7 @@ def _overview(comparison: Comparison, columns: Sequence[tuple[str, str]]) -> Blo
 
 def _differences(comparison: Comparison, columns: Sequence[tuple[str, str]]) -> Block:
     first = comparison.results[0].name
-    head = ("method", *(f"{METRICS[metric][0]}, {protocol}" for protocol, metric in columns))
+    head = ("method", *(f"{SHOWN[metric].head}, {protocol}" for protocol, metric in columns))
     lines = []
     for result in comparison.results[1:]:
         cells = (comparison.cells[result.name][protocol][metric][MEAN].difference for protocol, metric in columns)
@@ -177,14 +171,14 @@ def _by_organ(comparison: Comparison, protocol: str, metric: str) -> Block:
     for result in comparison.results:
         cells = comparison.cells[result.name][protocol][metric]
         lines.append((result.name, *(show(cells[organ], metric) for organ in organs)))
-    return Block(f"{METRICS[metric][0]} by organ, protocol {protocol}", ("method", *organs), tuple(lines))
+    return Block(f"{SHOWN[metric].head} by organ, protocol {protocol}", ("method", *organs), tuple(lines))
 
 
 def show(cell: Cell, metric: str) -> str:
     """`88.12 [85.30, 90.01]`, with the count of the defined values where some are not; "-" where none is."""
     if cell.mean is None:
         return ABSENT
-    _, factor, decimals, _ = METRICS[metric]
+    _, _, factor, decimals = SHOWN[metric]
     some = f" ({cell.n} of {cell.n + cell.n_undefined})" if cell.n_undefined else ""
     return f"{factor * cell.mean:.{decimals}f}{_interval(cell.ci95, factor, decimals)}{some}"
 
@@ -193,7 +187,7 @@ def show_difference(difference: Difference | None, metric: str) -> str:
     """`+1.20 [+0.30, +2.10] p 0.012`."""
     if difference is None or difference.mean is None:
         return ABSENT
-    _, factor, decimals, _ = METRICS[metric]
+    _, _, factor, decimals = SHOWN[metric]
     sure = "" if difference.share is None else (f" p {difference.share:.3f}" if difference.share >= 0.002 else " p < 0.002")
     return f"{factor * difference.mean:+.{decimals}f}{_interval(difference.ci95, factor, decimals, sign='+')}{sure}"
 

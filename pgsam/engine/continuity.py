@@ -1,23 +1,29 @@
-"""What a run compares, counts and saves so that it goes on as if nothing had happened, and what it says where that cannot be."""
+"""What a run compares and counts so that it goes on as if nothing had happened, and what it says where that cannot be."""
 
+import dataclasses
 import hashlib
-import random
 import shutil
 import sys
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from datasets.workers import TrainingSet
+from pgsam.engine.recipe import Recipe
 from pgsam.errors import UserError
+from pgsam.models.card import ModelCard
 
-_NOT_DETERMINISTIC = " does not have a deterministic implementation"  # torch's words after the name of an operation
+STATE_FORMAT = 2
+# What of the recipe may differ between the start of a run and its continuation: how long it trains, how it is watched, and how the machine does it.
+# Other sizes of a batch are there for another number of processes: the slices come in the same order.
+FREE = ("stop_epoch", "num_workers", "compile", "save_interval", "val_interval", "patience", "batch_size", "grad_accum", "deterministic", "shard")
+# As flags of train.py, besides: places, of which the content is compared in the model card or by `data_mark`, and what the card says anyway.
+PLACES = ("config", "resume", "output", "root_path", "prepared", "list_dir", "val_list", "ckpt", "lora_ckpt", "text_encoder", "reports", "index")
+VOLUME_PLACES = ("work_dir", "task_name", "checkpoint", "cache_gib")  # of scripts/train_msam.py
+FREE_FLAGS = (*FREE, *PLACES, *VOLUME_PLACES, "allow_overlap", "num_classes", "dataset", "device", "checkpointing")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str]) -> list[str]:
@@ -46,6 +52,42 @@ def data_mark(dataset: TrainingSet) -> dict[str, Any]:
     return {"slices": len(dataset), "sha256": hashlib.sha256("\n".join(dataset.names).encode()).hexdigest()}
 
 
+def refuse_other_run(
+    state: Mapping[str, Any],
+    source: str,
+    *,
+    card: ModelCard,
+    flags: Mapping[str, Any],
+    recipe: Recipe,
+    dataset: TrainingSet,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Raises a UserError unless a training state is of this run: its model, flags (or where it has none, its recipe), data and tensors.
+
+    Args:
+        state: of `Trainer.state`.
+        source: where it comes from, for the message.
+        card, flags, recipe, dataset: of this run.
+        tensors: what this run would save of its model.
+    """
+    if state.get("format") != STATE_FORMAT:
+        raise UserError(f"{source}: expected a training state of format {STATE_FORMAT}, found {state.get('format')}; start the run again")
+    before, now = (dataclasses.asdict(one) for one in (ModelCard.from_json(state["card"], source), card))
+    other = [f"--{line}" for line in differences(state["flags"], flags, FREE_FLAGS)] if flags and state["flags"] else []
+    other = other or differences(state["recipe"], dataclasses.asdict(recipe), FREE)
+    other = other or differences(before, now, ("git_commit",))
+    if not other and state["data"] != data_mark(dataset):
+        other = [f"a list of {state['data']['slices']} training {dataset.unit}s, now another of {len(dataset)}"]
+    if other:
+        raise UserError(
+            f"{source}: the run was started with {'; '.join(other)}: expected the same flags and data to go on; give those, or another --output "
+            "for a new run"
+        )
+    strange = sorted(tensors.keys() ^ state["model"].keys()) or [k for k, v in tensors.items() if v.shape != state["model"][k].shape]
+    if strange:
+        raise UserError(f"{source}: expected the tensors of this model, found others: {', '.join(strange[:5])}; give the flags it was started with")
+
+
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """How much memory tensors take."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -71,41 +113,3 @@ def peak_memory_gib(device: torch.device) -> float:
         return 0.0
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every generator of this process, as plain types and tensors."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],  # type: ignore[arg-type]
-        "python": [version, list(numbers), gauss],
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Puts the generators of this process where `rng_state` found them; those of CUDA only with the same number of GPUs."""
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-
-
-@contextmanager
-def not_deterministic() -> Iterator[set[str]]:
-    """Collects, within it, the operations that torch warns of for having no deterministic kernel; other warnings are given as always."""
-    names: set[str] = set()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield names
-    for warning in caught:
-        message = str(warning.message)
-        if _NOT_DETERMINISTIC in message:
-            names.add(message.split(_NOT_DETERMINISTIC)[0].strip())
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno, source=warning.source)

@@ -10,12 +10,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ NCCL_TIMEOUT, GLOO_TIMEOUT = timedelta(minutes=30), timedelta(days=1)
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's and the store's messages
 GRACE_SECONDS = 5.0  # torchrun ends all processes after the first that ends; the one that says why must not be cut off
 FAILED = "failed"  # key of the store: which process failed first
+Made = TypeVar("Made")
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -112,6 +113,16 @@ class World:
         """Waits for all processes."""
         if self.size > 1:
             dist.barrier(group=self.control)
+
+    def main_first(self, make: Callable[[], Made]) -> Made:
+        """What every process makes, the first one before the others, which so find what it has left; when it returns, all have made it."""
+        if not self.is_main:
+            self.barrier()
+        made = make()
+        if self.is_main:
+            self.barrier()
+        self.barrier()
+        return made
 
     def fail(self) -> bool:
         """Says that this process has failed; whether it is the first to."""

@@ -7,8 +7,6 @@ either complete or absent.
 import csv
 import json
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +18,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from datasets.labels import colour_of
@@ -29,50 +26,19 @@ from datasets.volumes import Case, case_path, read_case
 from pgsam.engine.background import BackgroundWriter
 from pgsam.engine.distributed import World, share_out
 from pgsam.engine.log import Log
-from pgsam.engine.predict import Respond, SliceTexts, segment_slices, similarity_maps
+from pgsam.engine.pictures import Spacing, save_case_picture
+from pgsam.engine.predict import Respond, SliceTexts, segment_slices
+from pgsam.engine.results import results_folder
 from pgsam.engine.text_flags import SliceTextReader, notes_on_texts
 from pgsam.errors import UserError
-from pgsam.metrics import class_metrics, format_table, summarise
+from pgsam.metrics import class_metrics
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
-from pgsam.overlay import SlicePicture, WorstSlices, for_display, heat, montage, overlay, pictures_for_display, save_png, show_case
+from pgsam.overlay import SlicePicture, WorstSlices
+from pgsam.protocols import PROTOCOLS, format_table, summarise
 from pgsam.report import write_report
 from pgsam.volume import Turn, turn_to
 from pgsam.volume_io import write_volume
-
-Spacing = tuple[float, float, float]
-PROTOCOLS = ("strict", "transunet")
-RESULTS = ("metrics.json", "metrics.csv", "report.html", "test_log", "predictions", "overlays", "neighbours")
-
-
-@contextmanager
-def results_folder(output_dir: str | Path) -> Iterator[Path]:
-    """Gives a folder to write into, whose content moves to `output_dir` at the end; after an error nothing is left behind.
-
-    Raises:
-        UserError: `output_dir` already holds results, or cannot be made.
-    """
-    output_dir = Path(output_dir)
-    taken = [name for name in RESULTS if (output_dir / name).exists()]
-    if taken:
-        raise UserError(f"{output_dir}: holds results already ({', '.join(taken)}); give another --output_dir or remove them")
-    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output_dir))
-    except OSError as error:
-        raise UserError(f"{output_dir}: cannot be written ({error}); give another --output_dir") from error
-    try:
-        yield staging
-        for entry in sorted(staging.iterdir()):
-            entry.rename(output_dir / entry.name)
-    except BaseException:
-        shutil.rmtree(staging)
-        for folder in made:  # only what this call made, and only while it is empty
-            if not any(folder.iterdir()):
-                folder.rmdir()
-        raise
-    staging.rmdir()
 
 
 class Method(Protocol):
@@ -126,34 +92,10 @@ def evaluate(
     with _shared_folder(output_dir, world) as staging:
         log = Log(staging / "test_log" / "log.txt")
         started = time.perf_counter()
-        colours = {name: colour_of(name, i) for i, name in enumerate(card.class_names)}
-        mine = _own_cases(folder, world)
-        tested: list[_Tested] = []
-        failure: UserError | None = None
-        try:
-            with BackgroundWriter() as writer:
-                for index in mine:
-                    if world.has_failed():
-                        break
-                    one = _test_case(
-                        model, card, folder, index, staging, writer, batch_size=batch_size, save_nifti=save_nifti, texts=texts, method=method
-                    )
-                    tested.append(one)
-                    if world.size == 1:
-                        log(tested[-1].line)
-        except UserError as error:
-            world.fail()
-            failure = error
-        parts = world.gather((None if failure is None else str(failure), tested))
-        for message, _ in parts:
-            if message is not None:
-                raise UserError(message)
-        every = sorted((one for _, found in parts for one in found), key=lambda one: one.index)
+        every = _test_all(model, card, folder, staging, world, log, batch_size=batch_size, save_nifti=save_nifti, texts=texts, method=method)
         if not world.is_main:
             return {}
-        if world.size > 1:
-            for one in every:
-                log(one.line)
+        colours = {name: colour_of(name, i) for i, name in enumerate(card.class_names)}
         cases = {folder.names[one.index]: one.metrics for one in every}
         worst = WorstSlices(card.class_names, list(colours.values()))
         for one in every:
@@ -193,6 +135,36 @@ class _Tested:
     pictures: list[SlicePicture]
     line: str
     known: Any
+
+
+def _test_all(model: SliceModel, card: ModelCard, folder: DataFolder, staging: Path, world: World, log: Log, **options: Any) -> list[_Tested]:
+    """What the tests of all volumes give, in the order of the list, to every process; each tests its own. `options` are `_test_case`'s.
+
+    Raises:
+        UserError: in every process, the first error of any.
+    """
+    tested: list[_Tested] = []
+    failure: UserError | None = None
+    try:
+        with BackgroundWriter() as writer:
+            for index in _own_cases(folder, world):
+                if world.has_failed():
+                    break
+                tested.append(_test_case(model, card, folder, index, staging, writer, **options))
+                if world.size == 1:
+                    log(tested[-1].line)
+    except UserError as error:
+        world.fail()
+        failure = error
+    parts = world.gather((None if failure is None else str(failure), tested))
+    for message, _ in parts:
+        if message is not None:
+            raise UserError(message)
+    every = sorted((one for _, found in parts for one in found), key=lambda one: one.index)
+    if world.size > 1 and world.is_main:
+        for one in every:
+            log(one.line)
+    return every
 
 
 def _test_case(
@@ -390,51 +362,6 @@ def _write_csv(path: Path, cases: Mapping[str, Mapping[str, Mapping[str, float |
                     writer = csv.DictWriter(file, ["case", "organ", *values])
                     writer.writeheader()
                 writer.writerow({"case": case, "organ": organ, **{k: "" if v is None else v for k, v in values.items()}})
-
-
-def save_case_picture(
-    path: Path, image: np.ndarray, maps: Sequence[tuple[str, np.ndarray]], card: ModelCard, orientation: str, spacing_mm: Spacing | None
-) -> None:
-    """Writes `overlay.show_case` of one case with the organs' fixed colours."""
-    colours = [colour_of(name, i) for i, name in enumerate(card.class_names)]
-    save_png(show_case(image, maps, card.class_names, colours, orientation=orientation, spacing_mm=spacing_mm), path)
-
-
-def save_similarity_picture(path: Path, model: SliceModel, image: np.ndarray, card: ModelCard, orientation: str, spacing_mm: Spacing | None) -> bool:
-    """Writes `similarity_picture`; False, and no file, for a model without an aligner."""
-    drawn = similarity_picture(model, image, card, orientation, spacing_mm)
-    if drawn is not None:
-        save_png(drawn, path)
-    return drawn is not None
-
-
-def similarity_picture(
-    model: SliceModel, image: np.ndarray, card: ModelCard, orientation: str, spacing_mm: Spacing | None, columns: int = 5
-) -> Image.Image | None:
-    """What an aligner sees: a row an organ, how like its report each place of some slices is.
-
-    A row's colour runs from the mean of the organ's cosines in these slices (invisible) to their maximum. `image` [D, H, W], or in
-    colour [D, H, W, 3], is in [0, 1] and lies as in training. None for a model without an aligner.
-    """
-    chosen = np.linspace(0, len(image) - 1, columns + 2).round().astype(int)[1:-1]
-    rows = similarity_rows(model, image[chosen], card, orientation)
-    if not rows:
-        return None
-    rows.insert(0, [overlay(picture, None, []) for picture in pictures_for_display(image[chosen], orientation)])
-    spacing_hw = spacing_mm[1:] if spacing_mm else (1.0, 1.0)
-    return montage(rows, row_titles=["image", *card.class_names], legend=[], tile_height=128, spacing_hw=spacing_hw)
-
-
-def similarity_rows(model: SliceModel, slices: np.ndarray, card: ModelCard, orientation: str) -> list[list[np.ndarray]]:
-    """Pictures `(H, W, 3)` as `save_similarity_picture` has them, a row an organ, of `slices` [D, H, W(, 3)]; none for a model without an aligner."""
-    maps = similarity_maps(model, slices if slices.ndim == 3 else np.moveaxis(slices, -1, 1), input_size=card.input_size)
-    if maps is None:
-        return []
-    low, high = maps.mean(axis=(0, 2, 3), keepdims=True), maps.max(axis=(0, 2, 3), keepdims=True)
-    maps = (maps - low) / np.maximum(high - low, 1e-6)
-    pictures, maps = pictures_for_display(slices, orientation), for_display(maps, orientation)
-    colours = [colour_of(name, i) for i, name in enumerate(card.class_names)]
-    return [[heat(picture, m[k], colour) for picture, m in zip(pictures, maps, strict=True)] for k, colour in enumerate(colours)]
 
 
 def _save_nifti(staging: Path, case: Case, labels: np.ndarray) -> None:

@@ -13,14 +13,15 @@ from datasets.labels import colour_of
 from datasets.layout import DataFolder
 from datasets.slices import read_slice
 from datasets.volumes import Case
-from pgsam.engine.evaluate import PROTOCOLS, Laid, lay_as_trained, metrics_of_case
+from pgsam.engine.evaluate import Laid, lay_as_trained, metrics_of_case
 from pgsam.engine.log import Log
+from pgsam.engine.pictures import labelled_slices
 from pgsam.engine.predict import segment_slices
 from pgsam.engine.retrieval import Found, Responder, Retriever, notes_on_retrieval
 from pgsam.engine.text_flags import SliceTextReader
 from pgsam.errors import UserError
-from pgsam.metrics import strict, summarise
 from pgsam.overlay import save_png
+from pgsam.protocols import PROTOCOLS, CaseTable, bootstrap_weights, resampled_means, strict, summarise
 from pgsam.resample import resize_nearest
 from pgsam.retrieval.build import class_counts
 from pgsam.retrieval.index import CELL_PIXELS
@@ -28,8 +29,6 @@ from pgsam.retrieval.picture import Column, Neighbour, labels_of_fractions, neig
 
 COLUMNS, NEIGHBOURS = 5, 3  # of a picture, at most
 _METRICS = {"dsc": (100.0, "DSC"), "hd95_mm": (1.0, "HD95, mm"), "hd95_vox": (1.0, "HD95, voxels")}  # factor and title
-
-CaseTable = Mapping[str, Mapping[str, float | None]]
 
 
 class WithRetrieval:
@@ -62,7 +61,8 @@ class WithRetrieval:
         card = self.retriever.model.card
         laid = lay_as_trained(card, case, path, self.texts)
         reference = laid.apply(case.label)
-        responder = self.retriever.respond_for(self.folder.patient_of(case.name), case.name, compare=True, watch=pick_columns(reference))
+        watched = labelled_slices(reference, COLUMNS).tolist()
+        responder = self.retriever.respond_for(self.folder.patient_of(case.name), case.name, compare=True, watch=watched)
         with tqdm(total=len(laid.image), desc=case.name, unit="slice", leave=False, disable=None) as bar:
             labels = segment_slices(
                 self.retriever.model,
@@ -85,7 +85,7 @@ class WithRetrieval:
         organs = self.retriever.model.card.class_names
         without = {"cases": dict(known), "summary": {protocol: summarise(known, organs, protocol) for protocol in PROTOCOLS}}
         metrics = ("dsc", "hd95_mm") if results["summary"]["strict"]["mean"]["hd95_mm"]["n"] else ("dsc", "hd95_vox")
-        difference = {metric: paired_difference(results["cases"], known, organs, metric) for metric in metrics}
+        difference = {metric: difference_of_means(results["cases"], known, organs, metric) for metric in metrics}
         results["without_retrieval"], results["difference"] = without, difference
         results["settings"]["retrieval"] = dict(self.said)
         index = self.retriever.index
@@ -143,17 +143,9 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return image if image.ndim == 2 else image.mean(axis=0)
 
 
-def pick_columns(reference: np.ndarray) -> list[int]:
-    """Numbers of the slices to draw: spread evenly over those that the reference [D, H, W] labels, or over the volume if it labels none."""
-    labelled = np.flatnonzero(reference.any(axis=(1, 2)))
-    where = labelled if len(labelled) else np.arange(len(reference))
-    places = np.linspace(0, len(where) - 1, COLUMNS + 2).round().astype(int)[1:-1]
-    return sorted({int(where[place]) for place in places})
-
-
-def paired_difference(
-    with_: Mapping[str, CaseTable],
-    without: Mapping[str, CaseTable],
+def difference_of_means(
+    first: Mapping[str, CaseTable],
+    second: Mapping[str, CaseTable],
     organs: Sequence[str],
     metric: str,
     *,
@@ -162,30 +154,23 @@ def paired_difference(
 ) -> dict[str, Any]:
     """How much larger a metric's means are in the first of two tables of the same cases (strict protocol), with an interval over cases.
 
-    Each mean is `metrics.summarise`'s, over what is defined in its own table; a resample draws cases, the same for both tables and all organs.
+    Each mean is `protocols.summarise`'s, over what is defined in its own table, so that the difference is that of two printed numbers
+    (`compare.paired_difference` looks at the pairs that both tables define); a resample draws the same cases for both tables and all organs.
 
     Returns:
         `{"organs": {organ: {"mean", "ci95"}}, "mean": {"mean", "ci95"}}`; "mean" is over the organs that are defined in both. None where undefined;
         a resample in which any part of a value is undefined is left out of its interval.
     """
-    names = sorted(with_)
-    tables = [[strict(cases[name]) for name in names] for cases in (with_, without)]
-    values = np.array([[[table[organ][metric] for organ in organs] for table in side] for side in tables])  # (2, cases, organs)
-    draws = np.random.default_rng(seed).integers(0, len(names), size=(n_resamples, len(names)))
-    observed = _defined_mean(values[:, None])[0]  # (organs,)
-    resampled = _defined_mean(values[:, draws])  # (resamples, organs)
+    names = sorted(first)
+    weights = bootstrap_weights(len(names), n_resamples, seed)
+    tables = [[strict(cases[name]) for name in names] for cases in (first, second)]
+    values = [np.array([[table[organ][metric] for organ in organs] for table in side]) for side in tables]  # (cases, organs) each
+    (means, drawn, _), (other_means, other_drawn, _) = (resampled_means(side, weights) for side in values)
+    observed, resampled = means - other_means, drawn - other_drawn
     known = ~np.isnan(observed)
     rows = {organ: _interval(observed[i], resampled[:, i]) for i, organ in enumerate(organs)}
     overall = _interval(observed[known].mean(), resampled[:, known].mean(axis=1)) if known.any() else {"mean": None, "ci95": None}
     return {"organs": rows, "mean": overall}
-
-
-def _defined_mean(values: np.ndarray) -> np.ndarray:
-    """`(2, resamples, cases, organs)` -> first minus second of the means over cases `(resamples, organs)`, NaN where one has no defined value."""
-    defined = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):  # 0 / 0: no defined value
-        means = np.where(defined, values, 0.0).sum(axis=2) / defined.sum(axis=2)
-    return means[0] - means[1]
 
 
 def _interval(observed: float, resampled: np.ndarray) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from scipy.ndimage import find_objects, label
 
 from datasets.lesions import LesionCase, case_number, read_label, read_lesion
 from pgsam.clicks import Click
-from pgsam.engine.evaluate import results_folder
 from pgsam.engine.log import Log
+from pgsam.engine.results import results_folder
 from pgsam.engine.volumetric import recipe_of
 from pgsam.errors import UserError
 from pgsam.metrics import dice, hd95, iou, nsd
@@ -113,7 +113,7 @@ def evaluate_volumetric(
         model: in evaluation mode.
         card: the model's.
         cases: the scans.
-        output_dir: see `pgsam.engine.evaluate.results_folder`.
+        output_dir: see `pgsam.engine.results.results_folder`.
         protocol: of the test.
         recipe: how the crops of a case are made, as `recipe_for`.
         settings: goes into `metrics.json` as it is.

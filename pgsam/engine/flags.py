@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,11 +129,26 @@ def require_at_least(args: argparse.Namespace, **minima: float) -> None:
             raise UserError(f"--{name} {value}: expected at least {minimum}")
 
 
-def check_img_size(img_size: int, flag: str = "--img_size") -> None:
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises a UserError for a flag that is not a positive finite number; flags that are None are not looked at."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value}: expected a positive number")
+
+
+def require_seed(args: argparse.Namespace) -> None:
+    """Raises a UserError for a `--seed` that torch's generators do not take."""
+    require_at_least(args, seed=0)
+    if args.seed >= 2**63:
+        raise UserError(f"--seed {args.seed}: expected a number below 2**63")
+
+
+def check_img_size(img_size: int) -> None:
     """Raises a UserError unless the size is a positive multiple of the patch side."""
     if img_size <= 0 or img_size % 16:
         near = max(16, img_size // 16 * 16)
-        raise UserError(f"{flag} {img_size}: expected a multiple of 16 (the patch side), such as {near} or {near + 16}")
+        raise UserError(f"--img_size {img_size}: expected a multiple of 16 (the patch side), such as {near} or {near + 16}")
 
 
 def resolve_ckpt(ckpt: str | None, vit_name: str) -> Path | None:
@@ -186,4 +202,11 @@ def open_model(args: argparse.Namespace, device: torch.device) -> SliceModel:
 
 def jsonable(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as they go into JSON files."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in sorted(vars(args).items())}
+    return {name: plain(value) for name, value in sorted(vars(args).items())}
+
+
+def plain(value: Any) -> Any:
+    """A flag's value as JSON can hold it: paths and infinite numbers as text, also in lists."""
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item) for item in value)
+    return str(value) if isinstance(value, Path) or value in (math.inf, -math.inf) else value

@@ -25,15 +25,17 @@ from tqdm import tqdm
 
 from datasets.labels import LabelMap, colour_of
 from pgsam.engine.background import BackgroundWriter
-from pgsam.engine.evaluate import PROTOCOLS, metrics_of_case, save_case_picture, similarity_picture
+from pgsam.engine.evaluate import metrics_of_case
 from pgsam.engine.intensity import Intensity, choose_intensity
+from pgsam.engine.pictures import save_case_picture, similarity_picture
 from pgsam.engine.predict import Respond, segment_scan
+from pgsam.engine.results import make_folder, write_text
 from pgsam.engine.text_flags import SliceTextReader, notes_on_texts
 from pgsam.errors import UserError
-from pgsam.metrics import summarise
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.overlay import save_png, show_case
+from pgsam.protocols import PROTOCOLS, summarise
 from pgsam.sam.weights import sha256_of
 from pgsam.volume import GRID_TOLERANCE_MM, Volume, corner_distance_mm, reorient, turn_to
 from pgsam.volume_io import Scan, find_scans, is_picture, read_scan, read_volume, replacing, stem_of, write_volume
@@ -345,7 +347,7 @@ def _write_case(
     picture = scan.modality == "picture"
     spacing = image.spacing_mm if scan.spacing_known else None
     targets = targets_of(name, picture=picture, reference=truth is not None, similarity=similar is not None)
-    _make(output)
+    make_folder(output)
     for stale in set(targets_of(name, picture=picture, reference=True, similarity=True)) - set(targets):
         (output / stale).unlink(missing_ok=True)  # of an earlier run with other flags
     if picture:
@@ -400,9 +402,9 @@ def slicer_colours(class_names: Sequence[str]) -> str:
 
 
 def _write_tables(output: Path, card: ModelCard, results: Sequence[CaseResult], settings: Mapping[str, Any]) -> None:
-    _make(output)
-    _write(output / "labels_itksnap.txt", itksnap_labels(card.class_names))
-    _write(output / "labels_slicer.ctbl", slicer_colours(card.class_names))
+    make_folder(output)
+    write_text(output / "labels_itksnap.txt", itksnap_labels(card.class_names))
+    write_text(output / "labels_slicer.ctbl", slicer_colours(card.class_names))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["case", "label", "organ", "voxels", "ml"])
@@ -410,7 +412,7 @@ def _write_tables(output: Path, card: ModelCard, results: Sequence[CaseResult], 
         for i, (organ, count) in enumerate(result.voxels.items()):
             ml = result.millilitres(organ)
             writer.writerow([result.name, i + 1, organ, count, "" if ml is None else f"{ml:.3f}"])
-    _write(output / "volumes.csv", text.getvalue())
+    write_text(output / "volumes.csv", text.getvalue())
     cases = {
         result.name: {
             "input": result.source,
@@ -422,22 +424,10 @@ def _write_tables(output: Path, card: ModelCard, results: Sequence[CaseResult], 
         }
         for result in results
     }
-    _write(output / "run.json", json.dumps({**settings, "cases": cases}, indent=1, allow_nan=False) + "\n")
+    write_text(output / "run.json", json.dumps({**settings, "cases": cases}, indent=1, allow_nan=False) + "\n")
     measured = {result.name: result.metrics for result in results if result.metrics is not None}
     if measured:
         summary = {protocol: summarise(measured, card.class_names, protocol) for protocol in PROTOCOLS}
-        _write(output / "metrics.json", json.dumps({"cases": measured, "summary": summary}, indent=1, allow_nan=False) + "\n")
+        write_text(output / "metrics.json", json.dumps({"cases": measured, "summary": summary}, indent=1, allow_nan=False) + "\n")
     else:
         (output / "metrics.json").unlink(missing_ok=True)  # of an earlier run
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error}); give another folder for the results (-o)") from error
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

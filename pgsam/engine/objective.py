@@ -6,20 +6,20 @@ crop, found by clicks, for M-SAM. The trainer knows neither labels nor prompts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pgsam.clicks import Click, noisy_box, uniform_error_click, xy
 from pgsam.engine.predict import texts_to
+from pgsam.engine.recipe import Recipe, Refinement
 from pgsam.losses import WHOLE, PromptLoss, SegmentationLoss, Share, dice_and_bce
 from pgsam.models.base import Recall
 from pgsam.models.promptable import SamPromptable
-from pgsam.volumetric.refine import STEPS, VolumeClicks
+from pgsam.volumetric.refine import VolumeClicks
 
 Batch = Mapping[str, Any]
 FIRST_PROMPTS = ("none", "point", "box")
@@ -42,6 +42,25 @@ class Objective(Protocol):
     def probes(self, batch: Batch) -> list[Batch]:
         """Variants of a batch that together reach every parameter that any batch reaches."""
         ...
+
+
+def build_objective(recipe: Recipe, device: torch.device, recall: Callable[[Sequence[str]], Recall] | None = None) -> Objective:
+    """What the recipe trains for: lesions in volumes or raters' masks, where it says how they are asked for; prompts, where it says how many rounds;
+    else classes."""
+    if recipe.refinement is not None:
+        return VolumeObjective(recipe.refinement, recipe.seed, device)
+    if recipe.rater_prompt is not None:
+        return RaterObjective(recipe.rater_prompt, recipe.seed, device, channels_last=recipe.channels_last)
+    if recipe.prompt_rounds is not None:
+        return PromptObjective(recipe.prompt_rounds, recipe.seed, device, channels_last=recipe.channels_last)
+    criterion = SegmentationLoss(
+        recipe.dice_param,
+        recipe.loss_resolution,
+        alignment_weight=recipe.alignment_weight,
+        deep_weight=recipe.deep_weight,
+        dice_reduction=recipe.dice_reduction,
+    )
+    return SemanticObjective(criterion, device, channels_last=recipe.channels_last, recall=recall)
 
 
 def images_of(batch: Batch, device: torch.device, *, channels_last: bool = False) -> Tensor:
@@ -266,25 +285,6 @@ def pixel_points(clicks: Sequence[Click | None], device: torch.device) -> tuple[
     return torch.from_numpy(places.copy()).float().to(device), labels.to(device)
 
 
-@dataclass(frozen=True)
-class Refinement:
-    """How a volumetric model is asked in training; see `pgsam.volumetric.refine.VolumeClicks`.
-
-    Args:
-        steps: clicks.
-        policy: which error is clicked on.
-        memory: whether the model is told the newest click only, or all.
-        detach: no gradient runs through the mask prompt.
-        decoder_rate: learning rate of prompt encoder and decoder, as a share of that of the rest.
-    """
-
-    steps: int = STEPS
-    policy: str = "uniform"
-    memory: str = "last"
-    detach: bool = False
-    decoder_rate: float = 0.1
-
-
 class VolumeObjective:
     """One lesion a crop, in steps of one click each; the loss is `dice_and_bce` of the answer at the crop's size.
 
@@ -325,29 +325,6 @@ class VolumeObjective:
     def probes(self, batch: Batch) -> list[Batch]:
         """The batch: every step reaches the same parameters."""
         return [batch]
-
-
-# What no loss of `VolumeObjective` moves. With a gradient of 0 or none weight decay alone would wear it away, as it does in M-SAM.
-_UNASKED = ("mask_decoder.iou_prediction_head.", "mask_decoder.output_hypernetworks_mlps.")
-_ASKED = "mask_decoder.output_hypernetworks_mlps.0."
-
-
-def volume_groups(model: nn.Module, decoder_rate: float) -> list[dict[str, Any]]:
-    """The trained parameters of a volumetric model as groups of an optimiser, each with its share `rate` of the learning rate.
-
-    Encoder (with LoRA) and adapter; prompt encoder and decoder at `decoder_rate`; the heads that are not asked, without weight decay.
-    """
-    groups: list[dict[str, Any]] = [
-        {"params": [], "rate": 1.0},
-        {"params": [], "rate": decoder_rate},
-        {"params": [], "rate": decoder_rate, "weight_decay": 0.0},
-    ]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            unasked = name.startswith(_UNASKED) and not name.startswith(_ASKED)
-            own = 2 if unasked else int(name.startswith(("prompt_encoder.", "mask_decoder.")))
-            groups[own]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
 
 
 def to_input(places: np.ndarray) -> Tensor:

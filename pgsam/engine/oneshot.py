@@ -3,7 +3,7 @@
 | file | what it gives |
 |---|---|
 | Meta's SAM (vit_b, vit_l, vit_h), MedSAM's, or another in that layout | all of it |
-| P2SAM's `.pth` | all of it; its LoRA is worked into the weights (`pgsam.sam.foreign`) |
+| P2SAM's `.pth` | all of it; its LoRA is worked into the weights (`pgsam.sam.p2sam_files`) |
 | ours of `sam_promptable` | all of it |
 | Medical-SAM-Adapter's `.pth` | all of it, at the image size that is given; adapters alone need their SAM file beside them |
 | ours of another module, SAMed's `.pth` | the tuned image encoder; prompt encoder and decoder, which these methods change, come from a SAM file |
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pgsam.engine.checkpoint import load_model, read_card
 from pgsam.engine.device import DEVICES, pick_device
-from pgsam.engine.flags import check_img_size, require_at_least, resolve_ckpt
+from pgsam.engine.flags import check_img_size, require_seed, resolve_ckpt
 from pgsam.errors import UserError
 from pgsam.models.card import ModelCard
 from pgsam.models.msa_files import msa_state
@@ -31,9 +31,9 @@ from pgsam.models.promptable import SAM_PROMPTABLE, promptable_backbone
 from pgsam.models.samed import is_samed_state
 from pgsam.sam.backbone import SamBackbone
 from pgsam.sam.build import VITS, build_image_encoder, build_mask_decoder, build_prompt_encoder
-from pgsam.sam.foreign import LORA_STATES, has_lora, sam_layout, without_lora
 from pgsam.sam.identity import encoder_identity
 from pgsam.sam.image_encoder import ImageEncoder
+from pgsam.sam.p2sam_files import LORA_STATES, has_lora, sam_layout, without_lora
 from pgsam.sam.preprocess import MEDSAM, SAM, Preprocess
 from pgsam.sam.weights import OFFICIAL_FILES, fit_sam, read_state_dict, read_torch, require_file, sha256_of, vit_of
 from pgsam.tuning.lora import merge_lora
@@ -77,7 +77,7 @@ def open_backbone(args: argparse.Namespace) -> SamBackbone:
     Raises:
         UserError: as `read_backbone`, or the flags contradict each other.
     """
-    require_at_least(args, seed=0)
+    require_seed(args)
     if args.img_size is not None:
         check_img_size(args.img_size)
     if args.ckpt is None:
@@ -104,12 +104,8 @@ def open_backbone(args: argparse.Namespace) -> SamBackbone:
     return _read(Path(args.ckpt), *recognised, **{name: getattr(args, name) for name in names}, verbose=True)
 
 
-def needs_base(path: str | Path) -> str | None:
-    """The image encoder of the SAM file that a checkpoint needs beside it to be a backbone; None where it needs none."""
-    return _base_of(*_recognise(Path(path)))
-
-
 def _base_of(kind: str, held: ModelCard | dict[str, Tensor]) -> str | None:
+    """The image encoder of the SAM file that a recognised file needs beside it to be a backbone; None where it needs none."""
     if isinstance(held, ModelCard):
         return held.vit_name if kind == "classes" or _leans_on_sam(held) else None
     return vit_of(held) if kind == "p2sam" else None
@@ -161,7 +157,7 @@ def read_backbone(
         sam_type: the image encoder that the file must hold; any if None.
         img_size: side of the input in pixels, a multiple of 16; the file's by default (512 for SAMed's, which do not say).
         preprocess: `sam` or `medsam`, for files that do not say how they want their images; `sam` by default.
-        lora_state: see `pgsam.sam.foreign.LORA_STATES`; for P2SAM's files with LoRA only.
+        lora_state: see `pgsam.sam.p2sam_files.LORA_STATES`; for P2SAM's files with LoRA only.
         base: the official SAM file that a P2SAM file's LoRA began with, or one that completes a file without its frozen tensors or without a
             decoder that takes prompts.
         device: `auto`, `cpu`, `cuda` or `mps`.

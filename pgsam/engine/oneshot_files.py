@@ -23,6 +23,7 @@ from datasets.labels import LabelMap, colour_of
 from pgsam.engine.infer import Options, Reference, check_output
 from pgsam.engine.intensity import Intensity
 from pgsam.engine.oneshot_scan import LARGEST_LABEL, Cutting, LabelledScan, Slices, cut, fit_slices, numbers_of, segment_scan
+from pgsam.engine.results import make_folder, write_text
 from pgsam.errors import UserError
 from pgsam.oneshot import OneShotClasses
 from pgsam.oneshot.images import read_image, read_mask
@@ -33,7 +34,7 @@ from pgsam.oneshot.result import OneShotResult
 from pgsam.overlay import save_png, show_case
 from pgsam.sam.backbone import Backbone
 from pgsam.sam.geometry import Frame
-from pgsam.volume_io import is_picture, read_volume, replacing, suffix_of, write_volume
+from pgsam.volume_io import is_picture, read_volume, suffix_of, write_volume
 
 COLUMNS = (
     *("case", "slice", "object", "label", "instance", "source", "pixels", "reference", "reference_slice", "second_reference_slice"),
@@ -169,7 +170,7 @@ class Task:
     def figure(self, case: str, name: str, picture: np.ndarray) -> None:
         """Writes a figure of `case`."""
         folder = self.output / f"{case}_vis"
-        _make(folder)
+        make_folder(folder)
         save_png(Image.fromarray(picture), folder / f"{re.sub(r'[^a-zA-Z0-9_-]+', '_', name)}.png")
 
     def names_and_colours(self, instances: bool) -> tuple[list[str], list[tuple[int, int, int]]]:
@@ -336,7 +337,7 @@ def _parts_of(method: Any, result: OneShotResult) -> Any:
 def _write_picture(task: Task, case: CaseResult, image: np.ndarray, labels: np.ndarray, *, instances: bool) -> None:
     names, colours = task.names_and_colours(instances)
     shown = show_case(image[None].astype(np.float32) / 255, [("labels", labels[None])], names, colours, orientation="LPS")
-    _make(task.output)
+    make_folder(task.output)
     save_png(Image.fromarray(labels), task.output / f"{case.name}_seg.png")
     save_png(shown, task.output / f"{case.name}.png")
     case.written = [f"{case.name}_seg.png", f"{case.name}.png"]
@@ -347,7 +348,7 @@ def _write_scan(task: Task, case: CaseResult, slices: Slices, labels: np.ndarray
     spacing = slices.image.spacing_mm if slices.scan.spacing_known else None
     orientation = slices.image.orientation
     shown = show_case(slices.image.array, [("labels", slices.turn.array(labels))], names, colours, orientation=orientation, spacing_mm=spacing)
-    _make(task.output)
+    make_folder(task.output)
     write_volume(task.output / f"{case.name}_seg.nii.gz", labels, slices.scan.volume, axes=slices.scan.axes)
     save_png(shown, task.output / f"{case.name}.png")
     case.written = [f"{case.name}_seg.nii.gz", f"{case.name}.png"]
@@ -409,7 +410,7 @@ def _write_tables(output: Path, results: Sequence[CaseResult], settings: Mapping
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows({"case": result.name, **row} for result in results for row in result.rows)
-    _write(output / "results.csv", text.getvalue())
+    write_text(output / "results.csv", text.getvalue())
     cases = {
         result.name: {
             "input": result.source,
@@ -419,16 +420,4 @@ def _write_tables(output: Path, results: Sequence[CaseResult], settings: Mapping
         }
         for result in results
     }
-    _write(output / "run.json", json.dumps({**settings, "cases": cases}, indent=1, allow_nan=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error}); give another folder for the results (-o)") from error
+    write_text(output / "run.json", json.dumps({**settings, "cases": cases}, indent=1, allow_nan=False) + "\n")

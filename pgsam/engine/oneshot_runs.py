@@ -21,6 +21,7 @@ from tqdm import tqdm
 from pgsam.engine.device import environment
 from pgsam.engine.flags import require_at_least
 from pgsam.engine.oneshot import add_backbone_flags, file_sha256, open_backbone
+from pgsam.engine.oneshot_flags import count_range
 from pgsam.errors import Parser, UserError
 from pgsam.oneshot import METHODS, P2SAM, OneShot, OneShotResult, build_method
 from pgsam.oneshot.data import Benchmark, Item, Pair, Target
@@ -28,11 +29,11 @@ from pgsam.oneshot.direct import PROMPTS
 from pgsam.oneshot.images import read_image, read_mask, write_mask
 from pgsam.oneshot.picture import one_shot_figure
 from pgsam.oneshot.scores import Score, score_folder
-from pgsam.oneshot.transport import OF_ANY_SIZES
+from pgsam.oneshot.transport import TRANSPORTS
 from pgsam.overlay import save_png
 from pgsam.sam.backbone import SamBackbone
 from pgsam.sam.geometry import Frame
-from pgsam.volume_io import replacing
+from pgsam.volume_io import make_parent, replacing
 
 FIGURES = "vis"
 _OF_P2SAM = ("min_num_pos", "max_num_pos", "min_num_neg", "max_num_neg", "reg_patch_weight", "transport")
@@ -75,7 +76,7 @@ def run_parser(description: str | None, *, data: str, outdir: str, ckpt: str, mo
         add(f"--min-num-{kind}", f"--min_num_{kind}", type=int, help=f"of p2sam: fewest {what} (default 1)")
         add(f"--max-num-{kind}", f"--max_num_{kind}", type=int, help=f"of p2sam: most of them (default {most})")
     add("--reg-patch-weight", "--reg_patch_weight", action="store_true", default=None, help="of p2sam: weigh tokens of the mask by its probability")
-    add("--transport", choices=OF_ANY_SIZES, help="of p2sam: how distances are measured; sinkhorn is entropic, for large masks (default exact)")
+    add("--transport", choices=TRANSPORTS, help="of p2sam: how distances are measured; sinkhorn is entropic, for large masks (default exact)")
     add("--compat", choices=("fixed", "released"), help="released keeps the published code's quirks (default fixed)")
     add("--vis", action="store_true", help=f"a figure of every image that the method was asked about, in OUTDIR/{FIGURES}")
     add_backbone_flags(parser, ckpt_default=ckpt)
@@ -103,22 +104,14 @@ def method_options(args: argparse.Namespace, policy: str) -> dict[str, Any]:
     require_at_least(args, min_num_pos=1, max_num_pos=1)
     require_at_least(argparse.Namespace(**numbers), min_num_neg=0, max_num_neg=0)
     return {
-        "parts": _range(args.min_num_pos, args.max_num_pos, args.most_parts, "pos"),
-        "negatives": _range(numbers["min_num_neg"], numbers["max_num_neg"], 1, "neg"),
+        "parts": count_range(args.min_num_pos, args.max_num_pos, args.most_parts, "pos"),
+        "negatives": count_range(numbers["min_num_neg"], numbers["max_num_neg"], 1, "neg"),
         "policy": policy,
         "compat": compat,
         "seed": args.seed,
         "weighted": bool(args.reg_patch_weight),
         "transport": args.transport or "exact",
     }
-
-
-def _range(least: int | None, most: int | None, usual: int, kind: str) -> tuple[int, int]:
-    low = min(1, most if most is not None else 1) if least is None else least
-    high = max(usual, low) if most is None else most
-    if low > high:
-        raise UserError(f"--min-num-{kind} {low}: expected at most --max-num-{kind}, which is {high}; give a smaller one")
-    return low, high
 
 
 def run_benchmark(args: argparse.Namespace, benchmark: Benchmark, *, policy: str, scoring: Scoring, chosen: Mapping[str, Any]) -> None:
@@ -248,12 +241,12 @@ def _segment_one(args: argparse.Namespace, item: Item, backbone: SamBackbone, re
         write_mask(args.outdir / item.prediction, np.zeros(truth.shape, dtype=bool))
         return {"reason": "the reference does not show the object"}
     embedding = backbone.encode(image)
-    prompted = {"reference_mask": truth} if options.get("prompt", "none") != "none" else {}
+    prompted = {"true_mask": truth} if options.get("prompt", "none") != "none" else {}
     result = reference.method.predict(embedding, **prompted)
     write_mask(args.outdir / item.prediction, result.mask)
     if args.vis:
         path = args.outdir / FIGURES / item.prediction
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_parent(path)
         save_png(Image.fromarray(_figure(reference, image, result, embedding.frame, truth)), path)
     return facts_of(result)
 

@@ -60,6 +60,15 @@ def segment_slices(
         texts: a report on each slice as `PGSam.forward` takes it, for models that read such; without it every slice gets the learned null text.
         progress: called with the number of slices of each finished batch.
         respond: gives the logits of each batch, in the order of the slices, in the place of the model's own `masks`.
+
+    Example:
+        >>> import numpy as np
+        >>> from pgsam import build_model
+        >>> from pgsam.engine.predict import segment_slices
+        >>> model = build_model("sam_lora_image_encoder", vit_name="vit_tiny", img_size=64, verbose=False).eval()
+        >>> labels = segment_slices(model, np.zeros((3, 50, 40), dtype=np.float32), input_size=64)
+        >>> labels.shape, labels.dtype, bool(labels.max() <= 8)
+        ((3, 50, 40), dtype('uint8'), True)
     """
     device = next(model.parameters()).device
     size, depth_slices = model.img_size, getattr(model, "depth_slices", 1)
@@ -154,6 +163,12 @@ def keep_largest(labels: np.ndarray) -> np.ndarray:
     """Labels `[D, H, W]` with only the largest connected piece of every organ; voxels that share a corner are connected.
 
     Of pieces of one size the first in array order stays.
+
+    Example:
+        >>> import numpy as np
+        >>> from pgsam.engine.predict import keep_largest
+        >>> keep_largest(np.array([[[1, 1, 0, 1, 2]]], dtype=np.uint8))
+        array([[[1, 1, 0, 0, 2]]], dtype=uint8)
     """
     cleaned = labels.copy()
     for value, window in enumerate(find_objects(labels), start=1):

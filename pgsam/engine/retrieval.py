@@ -85,10 +85,10 @@ class Retriever:
         """Whether neighbours have a say in the labels."""
         return bool(self.settings.weight) or self.model.rag is not None
 
-    def require_neighbours(self, cases: Iterable[str], patient_of: Callable[[str], str], top_k: int | None = None) -> None:
+    def require_neighbours(self, cases: Iterable[str], patient_of: Callable[[str], str]) -> None:
         """Raises a UserError unless the index leaves every case enough slices of others."""
         for case in cases:
-            self.index.require_left(top_k or self.settings.top_k, patient_of(case), case)
+            self.index.require_left(self.settings.top_k, patient_of(case), case)
 
     def respond_for(self, patient: str | None, case: str | None = None, *, compare: bool = False, watch: Iterable[int] = ()) -> "Responder":
         """What `segment_slices` takes as `respond`, for one volume, whose patient's own slices are never neighbours.

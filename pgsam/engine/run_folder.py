@@ -10,18 +10,26 @@
 """
 
 import csv
+import dataclasses
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from pgsam.engine.checkpoint import load_training_state
 from pgsam.engine.log import Log
+from pgsam.engine.recipe import Recipe
 from pgsam.errors import UserError
+from pgsam.models.card import ModelCard
+from pgsam.sam.weights import sha256_of
+from pgsam.tuning.trainable import trainable_count
 from pgsam.volume_io import replacing
 
 STATES = ("last.pt", "prev.pt")
@@ -168,3 +176,32 @@ def newest_state(path: str | Path) -> tuple[dict[str, Any], str | None]:
         except UserError as error:
             problems.append(str(error))
     raise UserError(f"{path}: expected a training state to go on from, found none that is whole ({'; '.join(problems)})")
+
+
+def write_provenance(
+    run: RunFolder,
+    command: Sequence[str],
+    settings: Mapping[str, Any],
+    recipe: Recipe,
+    card: ModelCard,
+    model: nn.Module,
+    data: Mapping[str, Path | None] | None = None,
+) -> None:
+    """Adds a line to `command.txt`, which has one a start of the run, and writes `config.json`, with the sha256 of the files that name the data.
+
+    Args:
+        data: the files by what they are (`train_list`, `val_list`, `manifest`); None and absent ones have no sha256.
+    """
+    with (run.path / "command.txt").open("a", encoding="utf-8") as file:
+        file.write(shlex.join(command) + "\n")
+    found = {name: {"file": str(path), "sha256": sha256_of(path)} if path and path.is_file() else None for name, path in (data or {}).items()}
+    run.write_json(
+        "config.json",
+        {
+            "flags": dict(settings),
+            "recipe": dataclasses.asdict(recipe),
+            "model": dataclasses.asdict(card),
+            "trainable_parameters": trainable_count(model),
+            "data": found,
+        },
+    )

@@ -1,5 +1,6 @@
 """Folders of several trainings and tests: what is complete is not done again, and a folder holds runs of one setting only."""
 
+import argparse
 import csv
 import json
 import shutil
@@ -12,12 +13,26 @@ from typing import Any
 
 from pgsam.engine.checkpoint import load_model, read_card
 from pgsam.engine.device import REPOSITORY, pick_device
-from pgsam.engine.flags import resolve_ckpt
+from pgsam.engine.flags import require_at_least, resolve_ckpt
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.volume_io import replacing
 
 FINAL = "final.safetensors"
+
+
+def split_flags(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """A command line (None: this process's) as a program's own flags and those behind `--`, which go to train.py."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], words[cut + 1 :]
+
+
+def check_runs(args: argparse.Namespace) -> None:
+    """Raises a UserError for `--seeds` or `--jobs` that cannot be."""
+    require_at_least(args, jobs=1)
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: expected different numbers, none negative")
 
 
 def settle(output: Path, wanted: Mapping[str, Any], *, later: Sequence[str] = ()) -> None:

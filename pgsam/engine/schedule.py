@@ -15,6 +15,11 @@ def learning_rate(step: int, *, base_lr: float, total_steps: int, warmup_steps: 
         total_steps: length of the schedule (`max_epochs` times steps an epoch), whether or not training stops before.
         warmup_steps: length of the warm-up, 0 for none.
         power: exponent of the decay.
+
+    Example:
+        >>> from pgsam.engine.schedule import learning_rate
+        >>> [learning_rate(step, base_lr=0.005, total_steps=1000, warmup_steps=10) for step in (0, 1, 5, 11)]
+        [0.0005, 0.0005, 0.0025, 0.005]
     """
     before = max(step - 1, 0)
     if before < warmup_steps:

@@ -12,8 +12,10 @@ from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.pg_sam import PGSam, require_encoder, text_dim
-from pgsam.prior.reports import SliceReports, read_slice_reports, read_text_folder, refuse_label_reports
-from pgsam.prior.text_encoder import TextEncoder, embed_texts, load_text_encoder
+from pgsam.prior.provenance import refuse_label_reports
+from pgsam.prior.slice_reports import SliceReports, read_slice_reports, read_text_folder
+from pgsam.prior.text_embeddings import embed_texts
+from pgsam.prior.text_encoder import TextEncoder, load_text_encoder
 
 
 def add_slice_report_flags(parser: argparse.ArgumentParser) -> None:

@@ -7,16 +7,11 @@ on the seed, the place in the epoch and the state that is saved, and on nothing 
 
 import dataclasses
 import errno
-import os
-import random
-import shlex
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,146 +26,26 @@ from datasets.order import MicroBatch, UpdateSampler
 from datasets.workers import TrainingSet, WatchedSlices
 from pgsam.engine.board import write_validation
 from pgsam.engine.checkpoint import save_release, save_training_state, trained_state
-from pgsam.engine.continuity import bytes_of, data_mark, differences, not_deterministic, peak_memory_gib, require_space, rng_state, set_rng_state
+from pgsam.engine.continuity import STATE_FORMAT, bytes_of, data_mark, peak_memory_gib, refuse_other_run, require_space
+from pgsam.engine.determinism import not_deterministic, rng_state, set_rng_state
 from pgsam.engine.device import environment
 from pgsam.engine.distributed import World, shard_frozen, whole
 from pgsam.engine.interruption import Interrupted, Interruption
-from pgsam.engine.objective import Objective, PromptObjective, RaterObjective, Refinement, SemanticObjective, VolumeObjective, volume_groups
+from pgsam.engine.loss_record import BROKEN, LossRecord, Means
+from pgsam.engine.objective import build_objective
+from pgsam.engine.optimizer import build_optimizer, not_finite, parameter_groups, require_finite, step_unless
+from pgsam.engine.recipe import AMP, Recipe, remedy
 from pgsam.engine.run_folder import RunFolder
 from pgsam.engine.schedule import learning_rate, stepwise_rate
 from pgsam.errors import UserError
-from pgsam.losses import SegmentationLoss, Share
+from pgsam.losses import Share
 from pgsam.models.base import Recall, SliceModel
 from pgsam.models.card import ModelCard
-from pgsam.sam.weights import sha256_of
 from pgsam.tuning.frozen import HalfFrozen
-from pgsam.tuning.trainable import trainable_count
 from pgsam.volumetric.model import VolumetricSam
 
-STATE_FORMAT = 2
 SAVE_SECONDS = 600.0  # between training states, where no number of steps is asked for
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-FUSED = ("cpu", "cuda")  # devices whose optimisers update all weights in one kernel
-BROKEN = "broken"  # beside the losses of an update: whether it was skipped
-LOG_INTERVAL = 50  # steps between lines of the log, and between looks at the loss: each look waits for the device
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; the names are those of train.py's flags. `batch_size` is that of a micro-batch of one process."""
-
-    base_lr: float = 0.005
-    batch_size: int = 12
-    max_epochs: int = 200
-    stop_epoch: int = 160
-    warmup_period: int = 0
-    adamw: bool = False
-    weight_decay: float | None = None
-    dice_param: float = 0.8
-    loss_resolution: str = "low"
-    alignment_weight: float = 0.0
-    deep_weight: float = 0.0
-    seed: int = 1234
-    deterministic: bool = True
-    num_workers: int = 0
-    dice_reduction: str = "batch"
-    amp: str = "off"
-    grad_accum: int = 1
-    grad_clip: float | None = None
-    compile: bool = False
-    channels_last: bool = False
-    save_interval: int | None = None
-    val_interval: int = 1
-    patience: int | None = None
-    shard: bool = False
-    prompt_rounds: int | None = None
-    rater_prompt: str | None = None
-    milestones: tuple[int, ...] | None = None  # epochs after which the rate is multiplied by gamma, in place of warm-up and decay
-    gamma: float | None = None
-    refinement: Refinement | None = None
-
-
-def build_objective(recipe: Recipe, device: torch.device, recall: Callable[[Sequence[str]], Recall] | None = None) -> Objective:
-    """What the recipe trains for: lesions in volumes or raters' masks, where it says how they are asked for; prompts, where it says how many rounds;
-    else classes."""
-    if recipe.refinement is not None:
-        return VolumeObjective(recipe.refinement, recipe.seed, device)
-    if recipe.rater_prompt is not None:
-        return RaterObjective(recipe.rater_prompt, recipe.seed, device, channels_last=recipe.channels_last)
-    if recipe.prompt_rounds is not None:
-        return PromptObjective(recipe.prompt_rounds, recipe.seed, device, channels_last=recipe.channels_last)
-    criterion = SegmentationLoss(
-        recipe.dice_param,
-        recipe.loss_resolution,
-        alignment_weight=recipe.alignment_weight,
-        deep_weight=recipe.deep_weight,
-        dice_reduction=recipe.dice_reduction,
-    )
-    return SemanticObjective(criterion, device, channels_last=recipe.channels_last, recall=recall)
-
-
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seeds Python, numpy and torch; with `deterministic` asks for deterministic kernels and warns where there is none."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (for libraries that use the global generator)
-    torch.manual_seed(seed)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS is not deterministic without it
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.deterministic = deterministic
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # finds bugs of kernels, and costs a pass over memory
-
-
-def default_workers(device_type: str) -> int:
-    """Data loading processes: none beside a CPU that is busy with the model, else one a core, at most 8."""
-    return 0 if device_type == "cpu" else min(8, os.cpu_count() or 1)
-
-
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """The trained parameters in groups, each with its share `rate` of the learning rate."""
-    if recipe.refinement is not None:
-        return volume_groups(model, recipe.refinement.decoder_rate)
-    return [{"params": [p for p in model.parameters() if p.requires_grad], "rate": 1.0}]
-
-
-def build_optimizer(parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW (weight decay 0.1) or SGD (momentum 0.9, weight decay 1e-4), SAMed's settings; of parameters, or groups of them."""
-    parts: list[Any] = list(parameters)
-    owned = [p for part in parts for p in (part["params"] if isinstance(part, dict) else [part])]
-    fused = all(p.device.type in FUSED for p in owned)  # a fused step can be skipped without asking the device; see `Trainer._step`
-    if recipe.adamw:
-        decay = 0.1 if recipe.weight_decay is None else recipe.weight_decay
-        return torch.optim.AdamW(parts, lr=recipe.base_lr, betas=(0.9, 0.999), weight_decay=decay, fused=fused)
-    decay = 1e-4 if recipe.weight_decay is None else recipe.weight_decay
-    return torch.optim.SGD(parts, lr=recipe.base_lr, momentum=0.9, weight_decay=decay, fused=fused)
-
-
-# What of the recipe may differ between the start of a run and its continuation: how long it trains, how it is watched, and how the machine does it.
-# Other sizes of a batch are there for another number of processes: the slices come in the same order.
-FREE = ("stop_epoch", "num_workers", "compile", "save_interval", "val_interval", "patience", "batch_size", "grad_accum", "deterministic", "shard")
-# As flags of train.py, besides: places, of which the content is compared in the model card or by `data_mark`, and what the card says anyway.
-PLACES = ("config", "resume", "output", "root_path", "prepared", "list_dir", "val_list", "ckpt", "lora_ckpt", "text_encoder", "reports", "index")
-VOLUME_PLACES = ("work_dir", "task_name", "checkpoint", "cache_gib")  # of scripts/train_msam.py
-FREE_FLAGS = (*FREE, *PLACES, *VOLUME_PLACES, "allow_overlap", "num_classes", "dataset", "device", "checkpointing")
-
-
-@dataclass
-class Means:
-    """Running means of the loss and its parts, exact through a save."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    count: int = 0
-
-    def add(self, values: Mapping[str, float]) -> None:
-        """Adds the values of one update."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-
-    def read(self) -> dict[str, float]:
-        """The means of what was added."""
-        return {name: value / self.count for name, value in self.sums.items()}
+LOG_INTERVAL = 50  # steps between lines of the log, and between looks at the loss
 
 
 class Watch(Protocol):
@@ -192,46 +67,6 @@ class Watch(Protocol):
         ...
 
 
-def remedy(recipe: Recipe) -> str:
-    """What helps against numbers that are not finite, in the flags of train.py or, for volumes, of scripts/train_msam.py."""
-    if recipe.refinement is not None:
-        return "lower --lr"
-    return "lower --base_lr or use --warmup" if recipe.rater_prompt is None else "lower --base_lr or give --grad_clip 1"
-
-
-def require_finite(model: nn.Module, step: int, helps: str = remedy(Recipe())) -> None:
-    """Raises a UserError, with what `helps`, if a trained weight is not finite, so that no training state holds one."""
-    broken = [name for name, p in model.named_parameters() if p.requires_grad and not bool(p.isfinite().all())]
-    if broken:
-        raise UserError(
-            f"after step {step}, {len(broken)} of the trained tensors are not finite ({', '.join(broken[:3])}); {helps}; "
-            "last.pt holds the state before, if there was one"
-        )
-
-
-def not_finite(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
-    """1.0 where a gradient of these holds a number that is not finite, else 0.0; a tensor on the device, which nobody waits for."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return (~nn.utils.get_total_norm(gradients, torch.inf).isfinite()).float() if gradients else torch.zeros((), device=device)
-
-
-def step_unless(optimizer: torch.optim.Optimizer, broken: Tensor) -> None:
-    """A step, unless `broken` is 1: then weights and moments stay as they are. A fused optimiser is told on the device, as GradScaler tells it."""
-    if not all(group["fused"] for group in optimizer.param_groups):
-        if not broken.item():
-            optimizer.step()
-        return
-    for group in optimizer.param_groups:
-        for p in group["params"] if "momentum" in group else ():
-            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:  # or a first step that is skipped leaves it unwritten
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    optimizer.found_inf = broken  # type: ignore[attr-defined]
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.found_inf  # type: ignore[attr-defined]
-
-
 class Trainer:
     """Trains a model on slices, or on crops of volumes.
 
@@ -245,9 +80,9 @@ class Trainer:
         validate: called by every process every `recipe.val_interval` epochs; what it gives goes into `history.csv`, and `best.safetensors` is
             the model with the largest `val_dsc`, the earliest of equals.
         finish: what is still to be done to a batch of the dataset, on the device; see `datasets.device_augment`.
-        flags: the values of all flags of the command line; a run goes on with the flags it was started with, but for those in `FREE_FLAGS`.
+        flags: the values of all flags of the command line; a run goes on with those it was started with, but for `continuity.FREE_FLAGS`.
         again: the command that goes on with the run, for the last line of one that a signal ended.
-        recall: see `SemanticObjective`.
+        recall: see `objective.SemanticObjective`.
     """
 
     def __init__(
@@ -294,13 +129,12 @@ class Trainer:
             generator=torch.Generator().manual_seed(recipe.seed),  # or the loader draws from the model's, once an epoch or once ever
         )
         self.epoch = self.done = self.step = self.skipped = 0  # epochs, slices of the next one, updates, updates that fp16 skipped
-        self.epoch_means, self.recent = Means(), Means()
+        self.losses = LossRecord(world, run, remedy(recipe))
         self.best: float | None = None
         self.without_gain = 0
         self.flags, self.again = dict(flags or {}), again
         self.finish = finish or dict
         self._warned = not recipe.deterministic  # whether it was said which operations have no deterministic kernel
-        self._pending: list[tuple[dict[str, Any], dict[str, Tensor], list[str]]] = []
         self._broken = torch.zeros((), device=world.device)  # 1 once a loss or a gradient of this update is not finite; looked at with the losses
         self._epoch_seconds = 0.0
         self._saved = time.monotonic()
@@ -476,11 +310,11 @@ class Trainer:
             self.step, self.done = self.step + 1, micro.end
             row = {"step": self.step, "epoch": self.epoch + 1, "lr": self.optimizer.param_groups[0]["lr"]}
             skipped = {"skipped": self.skipped} if self.scaler.is_enabled() else {}
-            self._pending.append((row | skipped, values, names))
+            self.losses.add(row | skipped, values, names)
             values, names = {}, []
             self._epoch_seconds = time.perf_counter() - started
             if self.step % LOG_INTERVAL == 0:
-                self._read_losses()
+                self.losses.read()
                 self._say_recent(board)
             if self.done < len(self.dataset):  # at the end of an epoch the state is saved anyway
                 self._save_if_due()
@@ -541,36 +375,8 @@ class Trainer:
 
     # --- looking at the loss --------------------------------------------------------------------------------------------------------------
 
-    def _read_losses(self) -> None:
-        """Brings the losses of the last updates from the device, writes them down, and stops the run if one is not finite."""
-        if not self._pending:
-            return
-        names = list(self._pending[0][1])
-        table = self.world.sum(torch.stack([torch.stack([values[name].float() for name in names]) for _, values, _ in self._pending]))
-        rows: list[dict[str, Any]] = []
-        for (row, _, cases), numbers in zip(self._pending, table.tolist(), strict=True):
-            values = dict(zip(names, numbers, strict=True))
-            broken = bool(values.pop(BROKEN))
-            of_loss = not all(np.isfinite(number) for number in values.values())
-            if broken or of_loss:
-                everyone = sorted({case for own in self.world.gather(cases) for case in own})
-                parts = ", ".join(f"{name} {value}" for name, value in values.items())
-                if self.world.is_main:
-                    self.run.steps.add(rows)
-                raise UserError(
-                    f"the {'loss' if of_loss else 'gradient'} is not finite ({parts}) at step {row['step']}, on {', '.join(everyone[:12])}"
-                    f"{' ...' if len(everyone) > 12 else ''}; look at these cases, {remedy(self.recipe)}; "
-                    f"{self.run.path / 'last.pt'} holds the state before, if there was one"
-                )
-            self.epoch_means.add(values)
-            self.recent.add(values)
-            rows.append({**row, **values})
-        if self.world.is_main:
-            self.run.steps.add(rows)
-        self._pending = []
-
     def _say_recent(self, board: SummaryWriter | None) -> None:
-        means, self.recent = self.recent.read(), Means()
+        means, self.losses.recent = self.losses.recent.read(), Means()
         self.say(f"iteration {self.step} : " + ", ".join(f"{name} : {value:f}" for name, value in means.items()))
         if board is not None:
             for name, value in {"lr": self.optimizer.param_groups[0]["lr"], **means}.items():
@@ -578,13 +384,13 @@ class Trainer:
 
     def _end_epoch(self, interruption: Interruption, board: SummaryWriter | None) -> None:
         """Writes the epoch down, validates, and saves."""
-        self._read_losses()
+        self.losses.read()
         validates = self.validate is not None and (self.epoch + 1) % self.recipe.val_interval == 0
         if validates:  # takes a while and may fail; from this state a resumed run goes straight to it
             self.save()
             self._stop_if_asked(interruption)
-        means, rate, seconds = self.epoch_means.read(), self.optimizer.param_groups[0]["lr"], self._epoch_seconds
-        self.epoch, self.done, self.epoch_means, self._epoch_seconds = self.epoch + 1, 0, Means(), 0.0
+        means, rate, seconds = self.losses.epoch.read(), self.optimizer.param_groups[0]["lr"], self._epoch_seconds
+        self.epoch, self.done, self.losses.epoch, self._epoch_seconds = self.epoch + 1, 0, Means(), 0.0
         throughput, memory = len(self.dataset) / max(seconds, 1e-9), peak_memory_gib(self.world.device)
         said = f"loss {means['loss']:.4f}, lr {rate:.2e}, {throughput:.1f} {self.dataset.unit}s/s" + (f", {memory:.2f} GiB" if memory else "")
         self.say(f"epoch {self.epoch}/{self.recipe.stop_epoch} : {said}")
@@ -634,14 +440,14 @@ class Trainer:
     def _stop_if_asked(self, interruption: Interruption) -> None:
         (number,) = self.world.greatest(interruption.signal)
         if number:
-            if self._pending or self.done:
+            if self.losses.has_unread or self.done:
                 self.save()
             self.say(f"ended by {signal.Signals(number).name} after step {self.step}, the state is saved; go on with: {self.again}")
             raise Interrupted(number)
 
     def save(self) -> None:
         """Writes `last.pt`, with the one before as `prev.pt`; the tables on the disk are then up to this step."""
-        self._read_losses()
+        self.losses.read()
         require_finite(self.model, self.step, remedy(self.recipe))
         generators, tensors = self.world.gather(rng_state()), self._tensors()
         if self.world.is_main:
@@ -678,8 +484,8 @@ class Trainer:
             "step": self.step,
             "skipped": self.skipped,
             "epoch_seconds": self._epoch_seconds,
-            "epoch_means": dataclasses.asdict(self.epoch_means),
-            "recent": dataclasses.asdict(self.recent),
+            "epoch_means": dataclasses.asdict(self.losses.epoch),
+            "recent": dataclasses.asdict(self.losses.recent),
             "best": self.best,
             "without_gain": self.without_gain,
             "validated_on": list(self.validate.names) if self.validate is not None else [],
@@ -692,7 +498,15 @@ class Trainer:
         Raises:
             UserError: the state is of another model, recipe or training set; the message names the flags, with both values.
         """
-        self._refuse_other(state, source)
+        refuse_other_run(
+            state,
+            source,
+            card=self.card,
+            flags=self.flags,
+            recipe=self.recipe,
+            dataset=self.dataset,
+            tensors=trained_state(self.model, everything=self.card.sam_sha256 is None),
+        )
         self.model.load_state_dict(state["model"], strict=False)
         fused = [group["fused"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -700,7 +514,7 @@ class Trainer:
             group["fused"] = own  # this device's, not that of the run before
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.done, self.step, self.skipped = (state[name] for name in ("epochs_done", "slices_done", "step", "skipped"))
-        self.epoch_means, self.recent = Means(**state["epoch_means"]), Means(**state["recent"])
+        self.losses.epoch, self.losses.recent = Means(**state["epoch_means"]), Means(**state["recent"])
         self.best, self.without_gain, self._epoch_seconds = state["best"], state["without_gain"], state["epoch_seconds"]
         if self.world.rank < len(state["generators"]):
             set_rng_state(state["generators"][self.world.rank])
@@ -715,27 +529,6 @@ class Trainer:
             unit, now, before = self.dataset.unit, self.sampler.update_size, state["update_size"]
             self.say(f"NOTE: an update now takes {now} {unit}s, before {before}: the same {unit}s in the same order")
 
-    def _refuse_other(self, state: Mapping[str, Any], source: str) -> None:
-        if state.get("format") != STATE_FORMAT:
-            raise UserError(f"{source}: expected a training state of format {STATE_FORMAT}, found {state.get('format')}; start the run again")
-        before, now = (dataclasses.asdict(card) for card in (ModelCard.from_json(state["card"], source), self.card))
-        other = [f"--{line}" for line in differences(state["flags"], self.flags, FREE_FLAGS)] if self.flags and state["flags"] else []
-        other = other or differences(state["recipe"], dataclasses.asdict(self.recipe), FREE)
-        other = other or differences(before, now, ("git_commit",))
-        if not other and state["data"] != data_mark(self.dataset):
-            other = [f"a list of {state['data']['slices']} training {self.dataset.unit}s, now another of {len(self.dataset)}"]
-        if other:
-            raise UserError(
-                f"{source}: the run was started with {'; '.join(other)}: expected the same flags and data to go on; give those, or another --output "
-                "for a new run"
-            )
-        trained = trained_state(self.model, everything=self.card.sam_sha256 is None)
-        strange = sorted(trained.keys() ^ state["model"].keys()) or [k for k, v in trained.items() if v.shape != state["model"][k].shape]
-        if strange:
-            raise UserError(
-                f"{source}: expected the tensors of this model, found others: {', '.join(strange[:5])}; give the flags it was started with"
-            )
-
 
 def _batches(loader: DataLoader) -> Iterable[dict[str, Any]]:
     """The loader's batches; a worker's UserError comes back as the one line it was."""
@@ -749,32 +542,3 @@ def _batches(loader: DataLoader) -> Iterable[dict[str, Any]]:
     else:
         return
     raise UserError(message)
-
-
-def write_provenance(
-    run: RunFolder,
-    command: Sequence[str],
-    settings: Mapping[str, Any],
-    recipe: Recipe,
-    card: ModelCard,
-    model: nn.Module,
-    data: Mapping[str, Path | None] | None = None,
-) -> None:
-    """Adds a line to `command.txt`, which has one a start of the run, and writes `config.json`, with the sha256 of the files that name the data.
-
-    Args:
-        data: the files by what they are (`train_list`, `val_list`, `manifest`); None and absent ones have no sha256.
-    """
-    with (run.path / "command.txt").open("a", encoding="utf-8") as file:
-        file.write(shlex.join(command) + "\n")
-    found = {name: {"file": str(path), "sha256": sha256_of(path)} if path and path.is_file() else None for name, path in (data or {}).items()}
-    run.write_json(
-        "config.json",
-        {
-            "flags": dict(settings),
-            "recipe": dataclasses.asdict(recipe),
-            "model": dataclasses.asdict(card),
-            "trainable_parameters": trainable_count(model),
-            "data": found,
-        },
-    )

@@ -1,7 +1,7 @@
 """Which weight and which temperature: retrieval scored over a grid of settings on patients that the model was not trained on.
 
 The network runs once a slice; its logits and its embedding serve the whole grid. A score is the mean DSC over organs of their means over cases, of
-whole volumes ("strict", see `pgsam.metrics`). Logits on patients of the training are better than they will be elsewhere, and would make every weight
+whole volumes ("strict" in `pgsam.protocols`). Logits on patients of the training are better than they will be elsewhere, and would make every weight
 look too large; where a training set is too small to spare patients, cross-fitted checkpoints (`Fold`) score each patient by one that did not see it.
 """
 
@@ -21,7 +21,7 @@ from pgsam.engine.evaluate import lay_as_trained
 from pgsam.engine.predict import segment_slices
 from pgsam.engine.retrieval import TUNED, TUNED_FORMAT, RagSettings, Retriever, upscale
 from pgsam.engine.text_flags import SliceTextReader
-from pgsam.engine.validate import HeldOutTexts
+from pgsam.engine.validate import HeldOutTexts, in_points
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.resample import resize_nearest
@@ -83,7 +83,7 @@ def score_folds(
                 pairs[settings].append(confusion)
             without, *others = (mean_dsc(confusions[-1:]) for confusions in pairs.values())
             best = max((value for value in others if value is not None), default=None)
-            say(f"{held.name} ({fold.name}): DSC {_points(without)} without retrieval, at best {_points(best)} with")
+            say(f"{held.name} ({fold.name}): DSC {in_points(without)} without retrieval, at best {in_points(best)} with")
     return {settings: mean_dsc(confusions) for settings, confusions in pairs.items()}
 
 
@@ -182,13 +182,9 @@ def format_scores(scores: Mapping[RagSettings, float | None]) -> str:
     without, *others = scores
     columns = list(dict.fromkeys((s.temperature, s.top_k, s.spatial) for s in others))
     head = ["weight", *(f"T {t:g}, k {k}" + (f", s {spatial:g}" if spatial is not None else "") for t, k, spatial in columns)]
-    rows = [["0", *[_points(scores[without])] * max(1, len(columns))]]
+    rows = [["0", *[in_points(scores[without])] * max(1, len(columns))]]
     for weight in dict.fromkeys(s.weight for s in others):
-        rows.append([f"{weight:g}", *(_points(scores[RagSettings(weight, *column)]) for column in columns)])
+        rows.append([f"{weight:g}", *(in_points(scores[RagSettings(weight, *column)]) for column in columns)])
     widths = [max(len(row[i]) for row in (head, *rows) if i < len(row)) for i in range(max(map(len, (head, *rows))))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)) for row in (head, *rows)]
     return "\n".join(["DSC, points of 100 (strict): mean over organs of their means over the validation cases", *lines])
-
-
-def _points(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}"

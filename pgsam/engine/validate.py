@@ -1,13 +1,15 @@
 """Validation in the course of a training: the published slice protocol on whole volumes that are not trained on.
 
 What it measures is what test.py measures of a release file, in float32 whatever `--amp` says: DSC by organ over the volumes ("strict", see
-`pgsam.metrics`), and HD95 in mm. Several processes share the volumes out, and each ends with the numbers that one process has.
+`pgsam.protocols`), and HD95 in mm. Several processes share the volumes out, and each ends with the numbers that one process has.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 
 from datasets.held_out import HeldOut, HeldOutCase
 from pgsam.engine.board import Panel
@@ -16,9 +18,9 @@ from pgsam.engine.evaluate import metrics_of_case, refuse_other_scaling, segment
 from pgsam.engine.predict import Respond
 from pgsam.engine.text_flags import SliceTextReader
 from pgsam.errors import UserError
-from pgsam.metrics import summarise
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
+from pgsam.protocols import summarise
 
 
 class Validation:
@@ -32,7 +34,6 @@ class Validation:
         world: the processes; process r takes the cases r, r + size, ...
         texts: reads the reports on the slices, for a model that takes them.
         respond: for a model with a memory, by the name of a case; see `predict.segment_slices`.
-        batch_size: slices at a time; None for `predict.default_batch_size`.
 
     Attributes:
         names: of the cases.
@@ -50,10 +51,8 @@ class Validation:
         *,
         texts: SliceTextReader | None = None,
         respond: Callable[[str], Respond] | None = None,
-        batch_size: int | None = None,
     ) -> None:
-        self.respond = respond
-        self.held_out, self.names, self.card, self.world, self.batch_size = held_out, held_out.names, card, world, batch_size
+        self.held_out, self.names, self.card, self.world, self.respond = held_out, held_out.names, card, world, respond
         self.own = held_out.cases[world.rank :: world.size]
         self.texts = HeldOutTexts(texts, self.own) if texts is not None else None
         self.pictures: dict[str, np.ndarray] = {}
@@ -93,20 +92,29 @@ class Validation:
             None where nothing is defined.
         """
         names = self.card.class_names
-        modes = [(part, part.training) for part in model.modules()]
-        model.eval()
         found = {}
-        for held in self.own:
-            case = held.read(self.card.num_classes)
-            respond = None if self.respond is None else self.respond(case.name)
-            labels = segment_case(model, self.card, case, held.place, self.batch_size, self.texts, respond)
-            found[case.name] = metrics_of_case(labels, case.label, names, case.spacing_mm)
-            if self._panel is not None and self._panel.name == case.name:
-                self.pictures["slices"] = self._panel.draw(model, case, labels)
-        for part, mode in modes:
-            part.training = mode
+        with evaluating(model):
+            for held in self.own:
+                case = held.read(self.card.num_classes)
+                respond = None if self.respond is None else self.respond(case.name)
+                labels = segment_case(model, self.card, case, held.place, texts=self.texts, respond=respond)
+                found[case.name] = metrics_of_case(labels, case.label, names, case.spacing_mm)
+                if self._panel is not None and self._panel.name == case.name:
+                    self.pictures["slices"] = self._panel.draw(model, case, labels)
         everyone = {name: rows for part in self.world.gather(found) for name, rows in part.items()}
         return means_of(everyone, names)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it a model is in evaluation mode; afterwards each of its parts is in the mode that it was in."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def means_of(cases: Mapping[str, Mapping[str, Mapping[str, float | None]]], organs: Sequence[str]) -> dict[str, float | None]:
@@ -119,12 +127,13 @@ def means_of(cases: Mapping[str, Mapping[str, Mapping[str, float | None]]], orga
 
 def describe_validation(found: Mapping[str, float | None]) -> str:
     """`means_of` in words: DSC in points of 100, "-" where it is not defined."""
-    organs = [f"{name.removeprefix('val_')} {_points(value)}" for name, value in found.items() if name not in ("val_dsc", "val_hd95_mm")]
+    organs = [f"{name.removeprefix('val_')} {in_points(value)}" for name, value in found.items() if name not in ("val_dsc", "val_hd95_mm")]
     distance = found.get("val_hd95_mm")
-    return f"mean DSC {_points(found['val_dsc'])} ({', '.join(organs)})" + (f", HD95 {distance:.2f} mm" if distance is not None else "")
+    return f"mean DSC {in_points(found['val_dsc'])} ({', '.join(organs)})" + (f", HD95 {distance:.2f} mm" if distance is not None else "")
 
 
-def _points(value: float | None) -> str:
+def in_points(value: float | None) -> str:
+    """A share in [0, 1] in points of 100, "-" where it is not defined."""
     return "-" if value is None else f"{100 * value:.2f}"
 
 

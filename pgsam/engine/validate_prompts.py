@@ -11,6 +11,7 @@ from pgsam.clicks import centre_click, xy
 from pgsam.engine.board import as_trained, image_as_trained
 from pgsam.engine.distributed import World
 from pgsam.engine.evaluate import refuse_other_scaling
+from pgsam.engine.validate import evaluating, in_points
 from pgsam.errors import UserError
 from pgsam.metrics import dice
 from pgsam.models.base import SliceModel
@@ -61,7 +62,7 @@ class PromptValidation:
 
     def in_words(self, found: Mapping[str, float | None]) -> str:
         """What a call gave, for the log: points of 100, "-" where no slice shows a class."""
-        points = {name: "-" if value is None else f"{100 * value:.2f}" for name, value in found.items()}
+        points = {name: in_points(value) for name, value in found.items()}
         classes = ", ".join(f"{name} {points[f'val_{name}']}" for name in self.targets)
         return f"Dice of slices {points['val_dsc']} after a click ({classes}), {points[f'val_{WITHOUT}']} without a prompt"
 
@@ -73,13 +74,11 @@ class PromptValidation:
             `val_<class>` and `val_<class>_no_prompt`. None where no slice shows a class.
         """
         assert isinstance(model, SamPromptable)
-        modes = [(part, part.training) for part in model.modules()]
-        backbone = promptable_backbone(model, self.card, identity="")  # in evaluation mode; nothing is kept that a name would be needed for
         sums: dict[str, list[float]] = defaultdict(list)
-        for name, found in self._scores(backbone):
-            sums[name].append(found)
-        for part, mode in modes:
-            part.training = mode
+        with evaluating(model):
+            backbone = promptable_backbone(model, self.card, identity="")  # nothing is kept that a name would be needed for
+            for name, found in self._scores(backbone):
+                sums[name].append(found)
         everyone: dict[str, list[float]] = defaultdict(list)
         for part in self.world.gather(dict(sums)):
             for name, scores in part.items():

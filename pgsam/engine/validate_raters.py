@@ -11,6 +11,7 @@ from datasets.held_out import HeldOut
 from datasets.refuge import read_rated, soft_target, to_input
 from pgsam.engine.distributed import World
 from pgsam.engine.objective import rater_points
+from pgsam.engine.validate import evaluating
 from pgsam.models.base import SliceModel
 from pgsam.models.promptable import SamPromptable
 from pgsam.rater_metrics import threshold_scores
@@ -105,13 +106,10 @@ class RaterValidation:
             `val_dsc`, the mean over channels of their mean Dice over pictures, in [0, 1]; `val_<channel>`, these; `val_iou_<channel>`, likewise.
         """
         assert isinstance(model, SamPromptable)
-        modes = [(part, part.training) for part in model.modules()]
-        model.eval()
         own = list(range(self.world.rank, len(self.names), self.world.size))
         answers = answer_rated(model, self.files, [self.names[number] for number in own], prompt=self.prompt, numbers=own)
-        found = {name: answer.scores() for name, answer in answers}
-        for part, mode in modes:
-            part.training = mode
+        with evaluating(model):
+            found = {name: answer.scores() for name, answer in answers}
         everyone = {name: scores for share in self.world.gather(found) for name, scores in share.items()}
         table = np.array([everyone[name] for name in self.names])  # (pictures, channels, 2), in the order of the list, whoever asked
         iou, dice = table.mean(axis=0).T.tolist()

@@ -7,7 +7,8 @@ import torch
 
 from datasets.lesions import LesionCrops
 from pgsam.engine.distributed import World
-from pgsam.engine.objective import Refinement
+from pgsam.engine.recipe import Refinement
+from pgsam.engine.validate import evaluating
 from pgsam.metrics import dice
 from pgsam.models.base import SliceModel
 from pgsam.volumetric.model import VolumetricSam
@@ -57,11 +58,8 @@ class VolumeValidation:
             `val_dsc`, the mean Dice over cases after the last click, in [0, 1], and `val_click_1`, likewise after the first.
         """
         assert isinstance(model, VolumetricSam)
-        modes = [(part, part.training) for part in model.modules()]
-        model.eval()
-        own = {index: self._scores(model, index) for index in range(self.world.rank, len(self.crops), self.world.size)}
-        for part, mode in modes:
-            part.training = mode
+        with evaluating(model):
+            own = {index: self._scores(model, index) for index in range(self.world.rank, len(self.crops), self.world.size)}
         everyone = {index: scores for share in self.world.gather(own) for index, scores in share.items()}
         table = np.array([everyone[index] for index in sorted(everyone)])  # in the order of the cases, whoever asked
         return {"val_dsc": float(table[:, -1].mean()), "val_click_1": float(table[:, 0].mean())}

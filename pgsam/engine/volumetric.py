@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pgsam.engine.checkpoint import read_release, save_release, trained_state
+from pgsam.engine.checkpoint import read_release, trained_state
 from pgsam.engine.device import DEVICES, pick_device
 from pgsam.errors import UserError
 from pgsam.models.card import ModelCard
@@ -100,11 +100,6 @@ def recipe_of(card: ModelCard, modality: str | None = None) -> VolumeRecipe:
     return recipe
 
 
-def save_volumetric(path: str | Path, model: VolumetricSam, card: ModelCard) -> None:
-    """Writes a release file: the trained tensors, or with a card that names no file it started from all of them."""
-    save_release(path, model, card)
-
-
 @dataclasses.dataclass(frozen=True)
 class VolumetricFile:
     """A file of a volumetric model: its card, the tensors it holds under our names, and who wrote it."""
@@ -153,10 +148,10 @@ def settings_of(card: ModelCard) -> dict[str, Any]:
     return {**{name: card.options[name] for name in SETTINGS if name in card.options}, "rank": card.rank or 4}
 
 
-def build_of(card: ModelCard, source: str, **changes: Any) -> VolumetricSam:
+def build_of(card: ModelCard, source: str) -> VolumetricSam:
     """The model of a card at its random start; a UserError that names `source` if this version cannot build it."""
     try:
-        return build_volumetric(card.vit_name, **{**settings_of(card), **changes})
+        return build_volumetric(card.vit_name, **settings_of(card))
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: expected the settings of {card.module} of this version, found others ({error}); update PG-SAM") from error
 

@@ -1,12 +1,11 @@
-"""A raw phantom dataset, its prepared form, a small trained model, and a way to call the programs as a shell would."""
+"""A raw phantom dataset, its prepared form, a small trained model, and programs as processes of their own."""
 
 import importlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,38 +32,8 @@ VIT_TINY = (
 RANDOM_START = ("--ckpt", "none")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a program left: exit code and text."""
-
-    code: int
-    out: str
-    err: str
-
-    def refused(self, *needles: object) -> str:
-        """The one line of an error of the user's; every needle must be in it."""
-        assert self.code == 2, self
-        assert len(self.err.splitlines()) == 1, self.err
-        assert self.err.startswith("error: "), self.err
-        for needle in needles:
-            assert str(needle) in self.err, f"{needle!s} is not in: {self.err}"
-        return self.err
-
-
 def _main(program: str) -> Callable[..., int]:
     return importlib.import_module(program).main
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """`call("train", "--root_path", folder)` runs `train.main` with those flags."""
-
-    def run(program: str, *argv: object) -> Outcome:
-        capsys.readouterr()
-        code = _main(program)([str(a) for a in argv])
-        return Outcome(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -77,14 +46,6 @@ def shell() -> Callable[..., subprocess.Popen[str]]:
         return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start
-
-
-@pytest.fixture(autouse=True)
-def _unchanged_torch() -> Iterator[None]:
-    """The programs choose deterministic kernels for the whole process; later tests must not notice."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
 
 
 @pytest.fixture(scope="session")

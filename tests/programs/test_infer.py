@@ -356,6 +356,7 @@ def test_a_result_takes_the_place_of_results_only(infer, scan, tmp_path):
     infer("-i", tmp_path / "pictures", "-o", tmp_path / "out").refused("p_seg.png", "p.jpg")
     (tmp_path / "file").write_text("")
     infer("-i", scan, "-o", tmp_path / "file" / "sub").refused(tmp_path / "file", "no folder")
+    infer("-o", tmp_path / "file" / "sub").refused(tmp_path / "file" / "sub", "cannot be made")  # of the bundled case
     assert not (tmp_path / "out").exists()
 
 

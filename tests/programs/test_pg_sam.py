@@ -24,13 +24,15 @@ from torch import Tensor
 from pgsam import build_model, load_model
 from pgsam.engine.checkpoint import save_release, with_told
 from pgsam.engine.text_flags import open_slice_texts
+from pgsam.engine.train_flags import resolve
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.pg_sam import PGSam
 from pgsam.models.samed import SAMED
-from pgsam.prior.reports import builtin_reports, reports_hash
-from pgsam.prior.text_encoder import BUILTIN_ENCODER, TextEncoder, load_text_encoder, read_embeddings, text_hash
+from pgsam.prior.organ_reports import builtin_reports, reports_hash
+from pgsam.prior.text_embeddings import read_embeddings, text_hash
+from pgsam.prior.text_encoder import BUILTIN_ENCODER, TextEncoder, load_text_encoder
 
 Call = Callable[..., Any]
 ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
@@ -310,7 +312,7 @@ def test_all_of_the_published_schedule_is_trained() -> None:
     train = importlib.import_module("train")
     for flags in ([], shlex.split(README_TRAIN)):
         args = train.build_parser().parse_args(flags)
-        train.resolve(args)
+        resolve(args)
         assert (args.module, args.max_epochs, args.stop_epoch, args.img_size, args.base_lr) == ("pg_sam", 300, 300, 224, 0.0026)
         assert (args.warmup, args.AdamW, args.dice_param, args.loss_resolution, args.augment) == (True, True, 0.8, "both", "hsam")
 
@@ -392,7 +394,7 @@ def forbid_encoders(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(TextEncoder, "__init__", refuse)
     patch.setattr(TextEncoder, "forward", refuse)
-    for module in ("prior.text_encoder", "prior.organ_texts", "models.pg_sam", "engine.checkpoint"):
+    for module in ("prior.text_encoder", "prior.text_embeddings", "prior.organ_texts", "models.pg_sam", "engine.checkpoint"):
         patch.setattr(f"pgsam.{module}.load_text_encoder", refuse)
     patch.setitem(sys.modules, "transformers", None)
 
@@ -529,7 +531,7 @@ def test_the_text_encoder_is_loaded_once_for_all_volumes(
         loaded.append(str(name))
         return load_text_encoder(name)
 
-    for module in ("pgsam.engine.text_flags", "pgsam.prior.text_encoder"):
+    for module in ("pgsam.engine.text_flags", "pgsam.prior.text_embeddings"):
         monkeypatch.setattr(f"{module}.load_text_encoder", load)
     texts = {f"{case}_slice000": "bean not seen" for case in ("one", "two", "three")}
     records = write_records(tmp_path / "all.jsonl", texts)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pgsam import load_model
 from pgsam.engine.checkpoint import read_card
+from pgsam.engine.train_flags import recipe_of, resolve
 from tests.refuge_layout import make_refuge
 
 TINY = ("--module", "sam_promptable", "--dataset", "REFUGE", "--vit_name", "vit_tiny", "--ckpt", "none", "--img_size", 64, "--device", "cpu")
@@ -84,8 +85,8 @@ def test_the_published_recipe_is_the_default() -> None:
     import train
 
     args = train.build_parser().parse_args(["--module", "sam_promptable", "--dataset", "REFUGE"])
-    train.resolve(args)
-    recipe = train.recipe_of(args, "cpu")
+    resolve(args)
+    recipe = recipe_of(args, "cpu")
     assert (args.img_size, args.input_size, args.max_epochs, args.stop_epoch) == (256, 256, 100, 100)
     assert (recipe.batch_size, recipe.base_lr, recipe.adamw, recipe.weight_decay, recipe.rater_prompt) == (2, 1e-4, True, 0.0, "none")
 

@@ -8,8 +8,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,12 @@ from datasets.order import Key, MicroBatch
 from datasets.slices import SliceDataset
 from datasets.targets import TargetSlices
 from pgsam import build_model
+from pgsam.engine.determinism import seed_everything
 from pgsam.engine.distributed import World, joined, whole
 from pgsam.engine.interruption import Interrupted
+from pgsam.engine.recipe import Recipe
 from pgsam.engine.run_folder import RunFolder, newest_state
-from pgsam.engine.train import Recipe, Trainer, seed_everything
+from pgsam.engine.train import Trainer
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.pg_sam import PGSam, tune_text_encoder
@@ -214,10 +214,7 @@ def run(job: Job, data: Path, world: World) -> RecordingTrainer:
     case, output = CASES[job.case], Path(job.output)
     recipe = dataclasses.replace(case.recipe_of(world.size), **job.changes)
     model = build(case, data)
-    for turn in (True, False):
-        if turn == world.is_main:
-            folder = RunFolder(output, resume=job.resume or not world.is_main)
-        world.barrier()
+    folder = world.main_first(lambda: RunFolder(output, resume=job.resume or not world.is_main))
     trainer = RecordingTrainer(model, dataset(case, data), recipe, folder, card_of(case), world)
     trainer.record, trainer.stop_after = Record(), job.stop_after
     if job.resume:
@@ -243,17 +240,6 @@ def run(job: Job, data: Path, world: World) -> RecordingTrainer:
         )
     world.barrier()
     return trainer
-
-
-@contextmanager
-def unchanged_torch() -> Iterator[None]:
-    """Training chooses kernels for the whole process; later tests must not notice."""
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.deterministic = False
-        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 def main(data: str, jobs: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from pgsam.engine.compare import MEAN, Difference, Result, compare, mean_or_none, paired_difference, seed_means
 from pgsam.engine.compare_tables import blocks_of, draw, format_csv, format_latex, format_markdown, format_text, notes_of, show_difference
 from pgsam.errors import UserError
-from pgsam.metrics import bootstrap_weights, summarise
+from pgsam.protocols import bootstrap_weights, summarise
 
 ORGANS = ("liver", "aorta")
 Table = dict[str, dict[str, dict[str, float | None]]]

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,17 @@ from pgsam import build_model
 from pgsam.engine import distributed
 from pgsam.engine.checkpoint import trained_state
 from pgsam.engine.distributed import World, joined, share_out
+from pgsam.engine.recipe import Recipe
 from pgsam.engine.run_folder import RunFolder
-from pgsam.engine.train import Recipe, Trainer
+from pgsam.engine.train import Trainer
 from pgsam.errors import UserError
 from pgsam.models.card import ModelCard
 from pgsam.models.samed import SAMED, SAMED_S
 from pgsam.tuning.trainable import trainable_count
-from tests.pgsam.engine.joint_runs import CASES, ORGANS, SIZE, Case, Job, dataset, run, unchanged_torch, write_bert, write_slices
+from tests.pgsam.engine.joint_runs import CASES, ORGANS, SIZE, Case, Job, dataset, run, write_bert, write_slices
 
 ROOT = Path(__file__).resolve().parents[3]
 SLICES = 11
-
-
-@pytest.fixture(autouse=True)
-def _unchanged_torch() -> Iterator[None]:
-    with unchanged_torch():
-        yield
 
 
 # --- two processes and one ------------------------------------------------------------------------------------------------------------------
@@ -58,9 +52,8 @@ STOPPED = "samed, Dice of each slice"  # 9 slices in 3 updates
 def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes did: every case, and runs that were stopped or go on. One process began `one, then two`."""
     root = tmp_path_factory.mktemp("two")
-    with unchanged_torch():
-        run(Job(STOPPED, str(root / "one, then two"), stop_after=1), data, World())
-        run(Job("samed", str(root / "one, then two of other sizes"), stop_after=2, changes={"batch_size": 3}), data, World())
+    run(Job(STOPPED, str(root / "one, then two"), stop_after=1), data, World())
+    run(Job("samed", str(root / "one, then two of other sizes"), stop_after=2, changes={"batch_size": 3}), data, World())
     (root / "one, then two" / "record.pt").unlink()
     jobs = [Job(name, str(root / name)) for name in CASES]
     jobs += [Job(STOPPED, str(root / "one, then two"), resume=True), Job("samed", str(root / "one, then two of other sizes"), resume=True)]

@@ -22,8 +22,9 @@ from datasets.labels import colour_of
 from datasets.layout import DataFolder
 from datasets.volumes import Case
 from pgsam import build_model
-from pgsam.engine.evaluate import evaluate, results_folder, segment_case
+from pgsam.engine.evaluate import evaluate, segment_case
 from pgsam.engine.predict import segment_slices
+from pgsam.engine.results import results_folder
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard

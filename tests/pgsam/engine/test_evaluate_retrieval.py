@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pgsam.engine.evaluate_retrieval import format_side_by_side, paired_difference, pick_columns
-from pgsam.metrics import class_metrics, summarise
+from pgsam.engine.evaluate_retrieval import difference_of_means, format_side_by_side
+from pgsam.engine.pictures import labelled_slices
+from pgsam.metrics import class_metrics
+from pgsam.protocols import summarise
 from pgsam.retrieval.picture import Column, Neighbour, labels_of_fractions, neighbours_picture
 
 ORGANS = ("liver", "spleen", "never there")
@@ -29,7 +31,7 @@ def tables(seed: int) -> Tables:
 @pytest.mark.parametrize("metric", ["dsc", "hd95_mm"])
 def test_differences_are_those_of_the_printed_means(metric: str) -> None:
     first, second = tables(10), tables(20)
-    found = paired_difference(first, second, ORGANS, metric, n_resamples=50)
+    found = difference_of_means(first, second, ORGANS, metric, n_resamples=50)
     sides = [summarise(cases, ORGANS, "strict", n_resamples=0) for cases in (first, second)]
     for organ in ORGANS[:2]:
         one, other = (side["organs"][organ][metric]["mean"] for side in sides)
@@ -50,7 +52,7 @@ def test_the_interval_resamples_both_sides_alike() -> None:
             sides.append([np.mean([v for v in values if not np.isnan(v)]) if not np.all(np.isnan(values)) else np.nan for values in organs])
         means.append(np.mean(np.subtract(*sides)))
     means = np.array(means)[~np.isnan(means)]
-    found = paired_difference(first, second, ORGANS, "dsc", n_resamples=200, seed=0)
+    found = difference_of_means(first, second, ORGANS, "dsc", n_resamples=200, seed=0)
     np.testing.assert_allclose(found["mean"]["ci95"], np.percentile(means, [2.5, 97.5]), atol=1e-12)
 
 
@@ -58,11 +60,11 @@ def test_a_shift_of_every_case_is_certain() -> None:
     """The same gain in every case has no spread, however much the cases differ: that is what pairing is for."""
     without = {str(i): {"liver": {"dsc": i / 10, "hd95_vox": 1.0, "hd95_mm": None, "hd95_mm_penalised": None, "assd_mm": None}} for i in range(8)}
     with_ = {name: {"liver": {**rows["liver"], "dsc": rows["liver"]["dsc"] + 0.125}} for name, rows in without.items()}
-    found = paired_difference(with_, without, ("liver",), "dsc")
+    found = difference_of_means(with_, without, ("liver",), "dsc")
     np.testing.assert_allclose([found["mean"]["mean"], *found["mean"]["ci95"]], 0.125, atol=1e-12)
     counts = {"n_pred": 1, "n_ref": 1}
     filled = [{name: {"liver": {**rows["liver"], **counts}} for name, rows in cases.items()} for cases in (with_, without)]
-    difference = {"dsc": found, "hd95_vox": paired_difference(with_, without, ("liver",), "hd95_vox")}
+    difference = {"dsc": found, "hd95_vox": difference_of_means(with_, without, ("liver",), "hd95_vox")}
     table = format_side_by_side(*(summarise(cases, ("liver",), "strict") for cases in filled), difference)
     assert table.splitlines()[3].split() == ["liver", "35.00", "47.50", "+12.50", "[+12.50,", "+12.50]", "1.00", "1.00", "+0.00", "[+0.00,", "+0.00]"]
 
@@ -70,13 +72,13 @@ def test_a_shift_of_every_case_is_certain() -> None:
 def test_columns_are_labelled_slices() -> None:
     labels = np.zeros((30, 4, 4))
     labels[10:21] = 1
-    chosen = pick_columns(labels)
+    chosen = labelled_slices(labels, 5).tolist()
     assert len(chosen) == 5
     assert chosen == sorted(set(chosen))
     assert min(chosen) > 10
     assert max(chosen) < 20
-    assert len(pick_columns(labels * 0)) == 5
-    assert pick_columns(labels[:1]) == [0]
+    assert len(labelled_slices(labels * 0, 5)) == 5
+    assert labelled_slices(labels[:1], 5).tolist() == [0]
 
 
 def test_the_prior_is_drawn_in_its_colour_where_it_is() -> None:

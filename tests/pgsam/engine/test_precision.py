@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,20 @@ from datasets.layout import DataFolder
 from datasets.order import UpdateSampler
 from datasets.slices import SliceDataset
 from pgsam import build_model
+from pgsam.engine.determinism import seed_everything
 from pgsam.engine.distributed import World
+from pgsam.engine.recipe import Recipe
 from pgsam.engine.run_folder import RunFolder
-from pgsam.engine.train import Recipe, Trainer, seed_everything
-from pgsam.losses import dice_loss
+from pgsam.engine.train import Trainer
+from pgsam.losses import cross_entropy_and_dice
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
 from pgsam.models.pg_sam import PG_SAM
 from pgsam.models.samed import SAMED
-from pgsam.prior.reports import builtin_reports
+from pgsam.prior.organ_reports import builtin_reports
 
 SIZE, ORGANS = 64, ("liver", "spleen")
 RECIPE = Recipe(base_lr=1e-3, batch_size=4, max_epochs=1, stop_epoch=1, adamw=True, seed=7, alignment_weight=0.5, deep_weight=0.5)
-
-
-@pytest.fixture(autouse=True)
-def _unchanged_torch() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +113,10 @@ def test_a_pooled_dice_is_that_of_each_micro_batch(folder: DataFolder, tmp_path:
     labels = torch.stack([item["low_res_label"] for item in items])
     with torch.no_grad():
         logits = torch.cat([model(images[part])["low_res_logits"] for part in (slice(0, 4), slice(4, 8))])
-    halves = [float(dice_loss(logits[part], labels[part])) for part in (slice(0, 4), slice(4, 8))]
+    halves = [float(cross_entropy_and_dice(logits[part], labels[part])[1]) for part in (slice(0, 4), slice(4, 8))]
     found = float(one_update(accumulated)["loss dice"])
     assert found == pytest.approx(np.mean(halves), abs=1e-6)
-    assert abs(found - float(dice_loss(logits, labels))) > 1e-4
+    assert abs(found - float(cross_entropy_and_dice(logits, labels)[1])) > 1e-4
 
 
 def test_the_order_of_the_slices_does_not_depend_on_how_they_are_taken() -> None:

@@ -1,16 +1,23 @@
 """The folder of a run: tables that grow and are cut back, what a dead process left, and which folders are free."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from pgsam.engine.checkpoint import save_training_state
-from pgsam.engine.run_folder import BEFORE_FIRST_STATE, RunFolder, Table, has_state, newest_state
+from pgsam.engine.recipe import Recipe
+from pgsam.engine.run_folder import BEFORE_FIRST_STATE, RunFolder, Table, has_state, newest_state, write_provenance
 from pgsam.errors import UserError
+from pgsam.models.card import ModelCard
+from pgsam.models.samed import SAMED
+
+RECIPE, CARD = Recipe(base_lr=1e-3, seed=7), ModelCard(SAMED, "vit_tiny", 64, 64, ("liver", "spleen"))
 
 
 @pytest.fixture
@@ -63,7 +70,42 @@ def test_an_absent_or_empty_table(tmp_path: Path) -> None:
     assert again.read() == [{"epoch": "1"}]
 
 
+# --- what it was made with ----------------------------------------------------------------------------------------------------------------
+
+
+def test_provenance(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a" / "run")
+    write_provenance(folder, ["python", "train.py", "--output", "my runs/1"], {"seed": 7, "ckpt": None}, RECIPE, CARD, nn.Linear(2, 1))
+    assert (folder.path / "command.txt").read_text() == "python train.py --output 'my runs/1'\n"
+    config = json.loads((folder.path / "config.json").read_text())
+    assert config["flags"] == {"seed": 7, "ckpt": None}
+    assert Recipe(**config["recipe"]) == RECIPE
+    assert config["model"]["class_names"] == ["liver", "spleen"]
+
+
 # --- which folder is free -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["a file in it", "a hidden file in it", "is a file", "below a file"])
+def test_a_run_folder_in_use(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "run"
+    if way == "is a file":
+        path.write_text("")
+    elif way == "below a file":
+        path.write_text("")
+        path /= "deeper"
+    else:
+        path.mkdir()
+        (path / (".x" if "hidden" in way else "log.txt")).write_text("")
+    with pytest.raises(UserError, match="give another --output") as error:
+        RunFolder(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_an_empty_run_folder_is_taken(tmp_path: Path) -> None:
+    RunFolder(tmp_path)
+    RunFolder(tmp_path / "new" / "run")
+    assert (tmp_path / "new" / "run").is_dir()
 
 
 def test_what_a_run_left_before_its_first_state_is_no_obstacle_to_resume(tmp_path: Path) -> None:

@@ -3,10 +3,8 @@
 import csv
 import dataclasses
 import json
-import random
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 
 from datasets.augment import no_augmentation
 from datasets.layout import DataFolder
@@ -24,11 +21,14 @@ from datasets.slices import SliceDataset
 from pgsam import build_model, load_model
 from pgsam.engine import train as module
 from pgsam.engine.checkpoint import load_training_state, read_card
+from pgsam.engine.determinism import seed_everything
 from pgsam.engine.device import pick_device
 from pgsam.engine.distributed import World
+from pgsam.engine.loss_record import Means
+from pgsam.engine.recipe import Recipe, default_workers
 from pgsam.engine.run_folder import RunFolder
 from pgsam.engine.schedule import learning_rate
-from pgsam.engine.train import Means, Recipe, Trainer, build_optimizer, default_workers, seed_everything, write_provenance
+from pgsam.engine.train import Trainer
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
 from pgsam.models.card import ModelCard
@@ -40,19 +40,6 @@ ORGANS = ("liver", "spleen")
 CARD = ModelCard(SAMED, "vit_tiny", SIZE, SIZE, ORGANS)
 RECIPE = Recipe(base_lr=1e-3, batch_size=3, max_epochs=4, stop_epoch=2, warmup_period=3, adamw=True, seed=7)  # 2 steps an epoch
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _unchanged_torch() -> Iterator[None]:
-    """Training chooses kernels for the whole process; later tests must not notice."""
-    yield
-    restore()
-
-
-def restore() -> None:
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +103,6 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 def finished(folder: DataFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "deep" / "run"
     run(path, folder)
-    restore()
     return path
 
 
@@ -183,38 +169,6 @@ def test_interim_lines_and_curves(folder: DataFolder, tmp_path: Path, monkeypatc
     )
 
 
-def test_provenance(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "a" / "run")
-    write_provenance(folder, ["python", "train.py", "--output", "my runs/1"], {"seed": 7, "ckpt": None}, RECIPE, CARD, nn.Linear(2, 1))
-    assert (folder.path / "command.txt").read_text() == "python train.py --output 'my runs/1'\n"
-    config = json.loads((folder.path / "config.json").read_text())
-    assert config["flags"] == {"seed": 7, "ckpt": None}
-    assert Recipe(**config["recipe"]) == RECIPE
-    assert config["model"]["class_names"] == list(ORGANS)
-
-
-@pytest.mark.parametrize("way", ["a file in it", "a hidden file in it", "is a file", "below a file"])
-def test_a_run_folder_in_use(tmp_path: Path, way: str) -> None:
-    path = tmp_path / "run"
-    if way == "is a file":
-        path.write_text("")
-    elif way == "below a file":
-        path.write_text("")
-        path /= "deeper"
-    else:
-        path.mkdir()
-        (path / (".x" if "hidden" in way else "log.txt")).write_text("")
-    with pytest.raises(UserError, match="give another --output") as error:
-        RunFolder(path)
-    assert str(error.value).startswith(f"{path}: ")
-
-
-def test_an_empty_run_folder_is_taken(tmp_path: Path) -> None:
-    RunFolder(tmp_path)
-    RunFolder(tmp_path / "new" / "run")
-    assert (tmp_path / "new" / "run").is_dir()
-
-
 # --- numbers ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -268,17 +222,6 @@ def test_a_batch_can_be_learnt_by_heart(folder: DataFolder, tmp_path: Path) -> N
     assert losses[-1] < min(losses[:10])
 
 
-def test_optimisers_have_the_published_settings() -> None:
-    weights = [nn.Parameter(torch.ones(3))]
-    adam, sgd = build_optimizer(weights, RECIPE), build_optimizer(weights, dataclasses.replace(RECIPE, adamw=False))
-    assert isinstance(adam, torch.optim.AdamW)
-    assert isinstance(sgd, torch.optim.SGD)
-    assert (adam.defaults["betas"], adam.defaults["weight_decay"]) == ((0.9, 0.999), 0.1)
-    assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"], sgd.defaults["nesterov"]) == (0.9, 1e-4, False)
-    for adamw in (True, False):
-        assert build_optimizer(weights, dataclasses.replace(RECIPE, adamw=adamw, weight_decay=0.0)).defaults["weight_decay"] == 0
-
-
 @pytest.mark.parametrize("adamw", [True, False])
 def test_the_rate_of_every_step_is_the_schedules(folder: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adamw: bool) -> None:
     rates, kinds = [], set()
@@ -312,21 +255,6 @@ def test_every_epoch_has_its_own_order_and_augmentation(folder: DataFolder, tmp_
         assert [case for case, _ in samples] == [folder.names[index] for keys in sampler for _, index in keys]
     assert [case for case, _ in first] != [case for case, _ in second]
     assert len(set(first) & set(second)) < 5
-
-
-def test_seeds() -> None:
-    def draw() -> tuple:
-        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
-
-    seed_everything(3, True)
-    first = draw()
-    assert torch.are_deterministic_algorithms_enabled()
-    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (True, False)
-    seed_everything(3, False)
-    assert draw() == first
-    assert not torch.are_deterministic_algorithms_enabled()
-    seed_everything(4, True)
-    assert draw() != first
 
 
 def test_the_means() -> None:
@@ -415,13 +343,3 @@ def test_a_bug_in_a_worker_keeps_its_traceback(folder: DataFolder, tmp_path: Pat
 
     with pytest.raises(ZeroDivisionError, match=r"(?s)Traceback.*in broken.*ours"):
         train(start(), dataset(folder, augment=broken), dataclasses.replace(RECIPE, num_workers=1), RunFolder(tmp_path / "run"), CARD, CPU)
-
-
-def test_weights_that_are_not_finite_are_never_kept() -> None:
-    model = torch.nn.Linear(2, 2)
-    module.require_finite(model, 1)  # type: ignore[arg-type]
-    model.weight.data[0, 0] = float("inf")
-    with pytest.raises(UserError, match=r"after step 3, 1 of the trained tensors are not finite \(weight\)"):
-        module.require_finite(model, 3)  # type: ignore[arg-type]
-    model.weight.requires_grad_(False)
-    module.require_finite(model, 3)  # type: ignore[arg-type]

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from datasets.held_out import HeldOut, HeldOutCase
 from datasets.layout import DataFolder
 from datasets.targets import TargetSlices
 from pgsam import build_model, load_model
+from pgsam.engine.determinism import seed_everything
 from pgsam.engine.distributed import World
 from pgsam.engine.interruption import Interrupted
+from pgsam.engine.recipe import Recipe
 from pgsam.engine.run_folder import RunFolder, newest_state
-from pgsam.engine.train import Recipe, Trainer, seed_everything
+from pgsam.engine.train import Trainer
 from pgsam.engine.validate_prompts import PromptValidation
 from pgsam.errors import UserError
 from pgsam.metrics import dice
@@ -35,15 +36,6 @@ ORGANS = ("liver", "spleen", "cyst")
 TARGETS = ("liver", "spleen")
 CARD = ModelCard(SAM_PROMPTABLE, "vit_tiny", SIZE, SIZE, TARGETS, rank=None, options={"tune": "full"})
 RECIPE = Recipe(base_lr=1e-3, batch_size=3, max_epochs=2, stop_epoch=2, warmup_period=3, adamw=True, seed=7, prompt_rounds=1)  # 2 steps an epoch
-
-
-@pytest.fixture(autouse=True)
-def _unchanged_torch() -> Iterator[None]:
-    """Training chooses kernels for the whole process; later tests must not notice."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 def picture(index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,9 @@ from pgsam.engine.evaluate import metrics_of_case, segment_case
 from pgsam.engine.retrieval import RagSettings, Retriever
 from pgsam.engine.tune_retrieval import Fold, Grid, choose, format_scores, mean_dsc, score_case, score_folds, write_tuned
 from pgsam.errors import UserError
-from pgsam.metrics import class_metrics, summarise
+from pgsam.metrics import class_metrics
 from pgsam.models.base import SliceModel
+from pgsam.protocols import summarise
 from pgsam.retrieval.extractor import EncoderExtractor
 from scripts.build_index import index_folder
 from tests.retrieval_data import CLASSES, DEPTH, TEST, make_model, write_data

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from datasets.volumes import read_case
 from pgsam import build_model, load_model
 from pgsam.engine.board import Panel, as_trained
 from pgsam.engine.checkpoint import load_training_state
+from pgsam.engine.determinism import seed_everything
 from pgsam.engine.distributed import World
 from pgsam.engine.predict import segment_slices
+from pgsam.engine.recipe import Recipe
 from pgsam.engine.run_folder import RunFolder, newest_state
 from pgsam.engine.text_flags import SliceTextReader
-from pgsam.engine.train import Recipe, Trainer, seed_everything
+from pgsam.engine.train import Trainer
 from pgsam.engine.validate import Validation, describe_validation, means_of
 from pgsam.errors import UserError
 from pgsam.models.base import SliceModel
@@ -40,7 +42,8 @@ from pgsam.models.card import ModelCard
 from pgsam.models.pg_sam import PG_SAM, text_dim
 from pgsam.models.samed import SAMED
 from pgsam.overlay import overlay
-from pgsam.prior.reports import Provenance, Report, SliceReports
+from pgsam.prior.provenance import Provenance, Report
+from pgsam.prior.slice_reports import SliceReports
 from pgsam.volume import Volume, affine_of, reorient, to_attributes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -49,15 +52,6 @@ ORGANS = ("liver", "spleen")
 CARD = ModelCard(SAMED, "vit_tiny", SIZE, SIZE, ORGANS, training_cases=("case0005", "case0006"), training_patients=("case0005", "case0006"))
 RECIPE = Recipe(base_lr=1e-3, batch_size=3, max_epochs=6, stop_epoch=3, warmup_period=3, adamw=True, seed=7)  # 2 steps an epoch
 AXES = np.array([[0.0, 0.0, 1.0], [0.0, -1.0, 0.0], [1.0, 0.0, 0.0]])  # columns d, h, w: LAS
-
-
-@pytest.fixture(autouse=True)
-def _unchanged_torch() -> Iterator[None]:
-    """Training chooses kernels for the whole process; later tests must not notice."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 def picture(index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from datasets.lesions import LesionCase, LesionCrops, read_lesion
 from pgsam.engine.checkpoint import read_card, save_release
 from pgsam.engine.distributed import World
 from pgsam.engine.interruption import Interrupted
-from pgsam.engine.objective import Refinement, VolumeObjective, volume_groups
+from pgsam.engine.objective import VolumeObjective
+from pgsam.engine.optimizer import volume_groups
+from pgsam.engine.recipe import Recipe, Refinement
 from pgsam.engine.run_folder import RunFolder, newest_state
 from pgsam.engine.schedule import stepwise_rate
-from pgsam.engine.train import Recipe, Trainer
+from pgsam.engine.train import Trainer
 from pgsam.engine.validate_volumes import VolumeValidation
-from pgsam.engine.volumetric import card_of, load_volumetric, read_volumetric, recipe_of, save_volumetric
+from pgsam.engine.volumetric import card_of, load_volumetric, read_volumetric, recipe_of
 from pgsam.engine.volumetric_start import Wanted, start_volumetric
 from pgsam.errors import UserError
 from pgsam.losses import Share, dice_and_bce
@@ -35,20 +37,11 @@ from pgsam.volumetric.crop import VolumeRecipe
 from pgsam.volumetric.lesion_crop import LesionCutter
 from pgsam.volumetric.model import VolumetricSam, build_volumetric
 from pgsam.volumetric.refine import VolumeClicks
-from pgsam.volumetric.weights import m_sam_name
 from tests.pgsam.engine.volumetric_runs import SIZE, VIT, Balls, RecordingTrainer, build, run, trainer
+from tests.pgsam.volumetric.layouts import m_sam_layout
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _unchanged_torch() -> Iterator[None]:
-    """Training chooses kernels for the whole process; later tests must not notice."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 # --- the loss -----------------------------------------------------------------------------------------------------------------------------
@@ -336,7 +329,7 @@ def med3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_full_model_goes_to_a_file_and_back(tmp_path: Path) -> None:
     model = shaken(build_volumetric(VIT, tune="full", adapter_blocks=2, update_embedding=True))
     settings = {"tune": "full", "adapter_blocks": 2, "update_embedding": True}
-    save_volumetric(tmp_path / "m.safetensors", model, card_of(VIT, settings, VolumeRecipe(2.0, normalise="all"), modalities=("mr",)))
+    save_release(tmp_path / "m.safetensors", model, card_of(VIT, settings, VolumeRecipe(2.0, normalise="all"), modalities=("mr",)))
     again = load_volumetric(tmp_path / "m.safetensors", device="cpu")
     assert torch.equal(answer_of(again), answer_of(model))
     assert again.update_embedding
@@ -361,7 +354,7 @@ def test_a_tuned_model_needs_the_file_it_started_from(med3d: Path, tmp_path: Pat
     start = start_volumetric(str(med3d), Wanted(rank=2))
     assert start.base_sha256 == sha256_of(med3d)
     model, path = shaken_trained(start.model), tmp_path / "tuned.safetensors"
-    save_volumetric(path, model, card_of(VIT, start.settings, VolumeRecipe(), modalities=("ct",), sam_sha256=start.base_sha256))
+    save_release(path, model, card_of(VIT, start.settings, VolumeRecipe(), modalities=("ct",), sam_sha256=start.base_sha256))
     assert not any(name.startswith("image_encoder.") and ".lora_" not in name for name in load_file(path))
     with pytest.raises(UserError, match=rf"holds the trained tensors only and needs the file it was trained on \(sha256 {start.base_sha256}\)"):
         load_volumetric(path)
@@ -409,14 +402,14 @@ def test_everything_tuned_needs_no_other_file(med3d: Path, tmp_path: Path) -> No
     start = start_volumetric(str(med3d), Wanted(tune="full"))
     assert start.base_sha256 == sha256_of(med3d)
     model, card = shaken_trained(start.model), card_of(VIT, start.settings, VolumeRecipe(), sam_sha256=start.base_sha256)
-    save_volumetric(tmp_path / "full.safetensors", model, card)
+    save_release(tmp_path / "full.safetensors", model, card)
     assert torch.equal(answer_of(load_volumetric(tmp_path / "full.safetensors", device="cpu")), answer_of(model))
 
 
 def test_m_sams_file(tmp_path: Path) -> None:
     model = shaken(build_volumetric(VIT, gate=None, rank=3, compat="sammed3d", point_embeddings=2))
     path = tmp_path / "msam.pth"
-    torch.save({"model_state_dict": {m_sam_name(name): value for name, value in model.state_dict().items()}}, path)
+    torch.save({"model_state_dict": m_sam_layout(model.state_dict())}, path)
     found = read_volumetric(path)
     assert (found.kind, found.card.vit_name, found.card.rank) == ("M-SAM", VIT, 3)
     again = load_volumetric(path, device="cpu")
@@ -433,7 +426,7 @@ def test_m_sams_file(tmp_path: Path) -> None:
 def test_a_file_of_ours_without_an_adapter_stays_without(med3d: Path, tmp_path: Path) -> None:
     start = start_volumetric(str(med3d), Wanted(adapter="none", tune="full"))
     model, path = shaken_trained(start.model), tmp_path / "plain.safetensors"
-    save_volumetric(path, model, card_of(VIT, start.settings, VolumeRecipe(), sam_sha256=start.base_sha256))
+    save_release(path, model, card_of(VIT, start.settings, VolumeRecipe(), sam_sha256=start.base_sha256))
     further = start_volumetric(str(path), Wanted())
     assert further.settings["adapter"] == "none"
     assert torch.equal(answer_of(further.model), answer_of(model))
@@ -492,20 +485,20 @@ def test_a_file_of_slices_and_one_of_volumes_are_not_mistaken(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"expected a model of volumes \(m_sam\), found one of slices, pg_sam; use test.py"):
         load_volumetric(tmp_path / "slices.safetensors")
     model = build_volumetric(VIT, tune="full")
-    save_volumetric(tmp_path / "volumes.safetensors", model, card_of(VIT, {"tune": "full"}, VolumeRecipe()))
+    save_release(tmp_path / "volumes.safetensors", model, card_of(VIT, {"tune": "full"}, VolumeRecipe()))
     with pytest.raises(UserError, match=r"expected a model of slices, found one of volumes, m_sam; use scripts/test_msam.py"):
         read_card(tmp_path / "volumes.safetensors")
 
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     model, card = build_volumetric(VIT, tune="full"), card_of(VIT, {"tune": "full"}, VolumeRecipe())
-    save_volumetric(tmp_path / "other.safetensors", model, dataclasses.replace(card, vit_name="tiny3d_64"))
-    with pytest.raises(UserError, match=r"expected the 294 tensors of this model, 30 are absent: image_encoder.blocks.2.norm1.weight"):
+    save_release(tmp_path / "other.safetensors", model, dataclasses.replace(card, vit_name="tiny3d_64"))
+    with pytest.raises(UserError, match=r"expected the 294 tensors of this model, 30 are absent: image_encoder.blocks.2.attn.proj.bias"):
         load_volumetric(tmp_path / "other.safetensors")
-    save_volumetric(tmp_path / "new.safetensors", model, dataclasses.replace(card, vit_name="giant3d"))
+    save_release(tmp_path / "new.safetensors", model, dataclasses.replace(card, vit_name="giant3d"))
     with pytest.raises(UserError, match=r"found others \(giant3d\); update PG-SAM"):
         load_volumetric(tmp_path / "new.safetensors")
-    save_volumetric(tmp_path / "odd.safetensors", model, dataclasses.replace(card, options={**card.options, "adapter": "future"}))
+    save_release(tmp_path / "odd.safetensors", model, dataclasses.replace(card, options={**card.options, "adapter": "future"}))
     with pytest.raises(UserError, match=r"found others .*future.*; update PG-SAM"):
         load_volumetric(tmp_path / "odd.safetensors")
     state = {name: value for name, value in build_volumetric(VIT, adapter="none", tune="full", compat="sammed3d").state_dict().items()}

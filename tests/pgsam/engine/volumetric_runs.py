@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.lesions import case_number
+from pgsam.engine.determinism import seed_everything
 from pgsam.engine.distributed import World, joined
-from pgsam.engine.objective import Refinement
+from pgsam.engine.recipe import Recipe, Refinement
 from pgsam.engine.run_folder import RunFolder
-from pgsam.engine.train import Recipe, Trainer, seed_everything
+from pgsam.engine.train import Trainer
 from pgsam.engine.volumetric import card_of
 from pgsam.volumetric.crop import VolumeRecipe
 from pgsam.volumetric.model import VolumetricSam, build_volumetric
@@ -87,10 +88,7 @@ def trainer(output: Path, world: World, *, crops: int = 5, resume: bool = False,
 
 def run(output: Path, world: World, **changes: Any) -> None:
     """Trains, and leaves in `record.pt` what was done."""
-    for turn in (True, False):
-        if turn == world.is_main:
-            made = trainer(output, world, resume=not world.is_main, **changes)
-        world.barrier()
+    made = world.main_first(lambda: trainer(output, world, resume=not world.is_main, **changes))
     made.fit()
     weights = {name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad}
     if world.is_main:
