@@ -58,6 +58,14 @@ def error_core_click(
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> import numpy as np
+        >>> from pgsam.clicks import error_core_click
+        >>> organ = np.zeros((7, 7), dtype=bool)
+        >>> organ[2:5, 2:5] = True
+        >>> error_core_click(np.zeros_like(organ), organ, np.random.default_rng(0))  # all of it was missed
+        Click(place=(3, 3), positive=True)
     """
     wrong = _errors(prediction, reference)
     missed, excess = wrong & reference, wrong & ~reference

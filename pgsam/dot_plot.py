@@ -1,10 +1,12 @@
 """A picture of several quantities of several rows: a dot a measurement, a bar at the mean, a line for its interval."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _PANEL, _GAP, _LINE, _TOP = 380, 60, 30, 58
 _INK, _PALE, _GRID = (20, 20, 20), (90, 90, 90), (225, 225, 225)
 
@@ -35,6 +37,14 @@ def axis_of(panel: Panel, *, share: float) -> tuple[float, float]:
     return (max(low - reach, 0.0) if low >= 0 else low - reach), high + reach
 
 
+def ticks_of(low: float, high: float) -> dict[float, str]:
+    """Round numbers from `low` to `high`, 3 to 6 of them with steps of 1, 2 or 5 times a power of ten, and how to write each."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= 5)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return {number * step: f"{number * step:.{decimals}f}" for number in range(math.ceil(low / step), math.floor(high / step) + 1)}
+
+
 def dot_plot(names: Sequence[str], panels: Sequence[Panel], *, foot: str = "", share: float = 0.1) -> Image.Image:
     """The picture, panels side by side; `foot` stands below them, `share`: see `axis_of`."""
     font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=13)
@@ -51,23 +61,22 @@ def dot_plot(names: Sequence[str], panels: Sequence[Panel], *, foot: str = "", s
     return canvas
 
 
-def _draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, left: int, axis: tuple[float, float], font: object, small: object) -> None:
+def _draw_panel(pen: ImageDraw.ImageDraw, panel: Panel, left: int, axis: tuple[float, float], font: Font, small: Font) -> None:
     low, high = axis
 
     def place(value: float) -> float:
         return left + (value - low) / (high - low) * _PANEL
 
-    pen.text((left, 14), panel.title, fill=_INK, font=font)  # type: ignore[arg-type]
-    for t in range(5):
-        value = low + t / 4 * (high - low)
+    pen.text((left, 14), panel.title, fill=_INK, font=font)
+    for value, written in ticks_of(low, high).items():
         pen.line((place(value), 50, place(value), 56 + _LINE * len(panel.rows)), fill=_GRID)
-        pen.text((place(value) - 14, 34), f"{value:.1f}", fill=_PALE, font=small)  # type: ignore[arg-type]
+        pen.text((place(value) - small.getlength(written) / 2, 34), written, fill=_PALE, font=small)
     for i, row in enumerate(panel.rows):
         if row.mean is None:
             continue
         y = _TOP + 9 + i * _LINE
         if not low <= row.mean <= high:
-            pen.text((left + (6 if row.mean < low else _PANEL - 60), y - 9), f"{row.mean:.1f}", fill=_PALE, font=small)  # type: ignore[arg-type]
+            pen.text((left + (6 if row.mean < low else _PANEL - 60), y - 9), f"{row.mean:.1f}", fill=_PALE, font=small)
             continue
         if row.interval is not None:
             pen.line((place(max(row.interval[0], low)), y, place(min(row.interval[1], high)), y), fill=_PALE, width=2)

@@ -2,7 +2,7 @@
 
 SAMed weighs them 0.2 and 0.8 and takes them on the low-resolution logits only; PG-SAM (its equation 8) sums them over the low-resolution
 and the full-size logits. Nothing here waits for the device: losses stay tensors, and the operations have deterministic backward passes
-on CUDA (no scatter; cross-entropy over rows, not over images).
+on CUDA (no gather and no scatter, which torch's cross-entropy of images is made of).
 """
 
 from collections.abc import Callable, Mapping
@@ -52,41 +52,20 @@ class Share:
 WHOLE = Share()
 
 
-def dice_loss(logits: Tensor, labels: Tensor, reduction: str = "batch") -> Tensor:
-    """Soft Dice loss over all channels, background included.
+def cross_entropy_and_dice(logits: Tensor, labels: Tensor, reduction: str = "batch", share: Share = WHOLE) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy, and the soft Dice loss over all channels, background included, from one soft-max and element by element.
 
     With p the softmax over channels and t the one-hot labels, every channel c gives
-    `1 - (2 sum(p_c t_c) + 1e-5) / (sum(p_c^2) + sum(t_c^2) + 1e-5)`, and the loss is the mean over channels.
+    `1 - (2 sum(p_c t_c) + 1e-5) / (sum(p_c^2) + sum(t_c^2) + 1e-5)`, and the Dice loss is the mean over channels.
 
     Args:
         logits: (B, C, H, W) floating point; half precision is taken up to float32.
-        labels: (B, H, W) integers in [0, C); a value outside has no channel and only enlarges the denominators.
-        reduction: "batch" sums over the whole batch before dividing (SAMed's), "sample" takes every sample's loss and averages.
+        labels: (B, H, W) integers in [0, C). A value outside has no channel: it adds nothing to the cross-entropy, and only enlarges the
+            denominators of Dice; the datasets check labels when they read them.
+        reduction: of Dice: "batch" sums over the whole batch before dividing (SAMed's), "sample" takes every sample's loss and averages.
+        share: weighs both; with reduction "batch" the sums of Dice are pooled over its processes.
 
-    Returns a scalar tensor. Raises ValueError on shapes, a label dtype or a reduction that do not fit.
-    """
-    _check(logits, labels)
-    _check_reduction(reduction)
-    axes = (0, 2, 3) if reduction == "batch" else (2, 3)
-    return _soft_dice(_at_least_float32(logits).softmax(dim=1), _is_label(labels, logits.shape[1]), axes)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of (B, C, H, W) logits and (B, H, W) integer labels in [0, C), a scalar tensor.
-
-    Equal to `torch.nn.functional.cross_entropy`; pixels are laid out as rows first, because torch's image form has no deterministic CUDA
-    kernel. A label outside [0, C) is torch's IndexError on a CPU and a device-side assertion on CUDA.
-    """
-    _check(logits, labels)
-    rows = _at_least_float32(logits).movedim(1, -1).reshape(-1, logits.shape[1])  # (B*H*W, C)
-    return functional.cross_entropy(rows, labels.reshape(-1).long())
-
-
-def cross_entropy_and_dice(logits: Tensor, labels: Tensor, reduction: str = "batch", share: Share = WHOLE) -> tuple[Tensor, Tensor]:
-    """`cross_entropy` and `dice_loss` of the same logits in about half the time: one soft-max, no rearranged copy, all element-wise.
-
-    A label outside [0, C), which `cross_entropy` refuses, adds nothing here; the datasets check labels when they read them. Both are weighted
-    as `share` says; with reduction "batch" the sums of Dice are pooled over its processes.
+    Returns two scalar tensors. Raises ValueError on shapes, a label dtype or a reduction that do not fit.
     """
     _check(logits, labels)
     _check_reduction(reduction)
@@ -124,7 +103,16 @@ class SegmentationLoss(nn.Module):
             full-size label (PG-SAM's sum over r in {56, 224} at 224 pixels).
         alignment_weight: of `alignment_loss`, for outputs with `alignment_logits`.
         deep_weight: of the mean low-resolution loss over the refiner's steps before the last, for outputs with `step_logits`.
-        dice_reduction: "batch" pools the sums of Dice over the batch (SAMed), "sample" means the samples' losses; see `dice_loss`.
+        dice_reduction: "batch" pools the sums of Dice over the batch (SAMed), "sample" means the samples' losses.
+
+    Example:
+        >>> import torch
+        >>> from pgsam.losses import SegmentationLoss
+        >>> undecided = {"low_res_logits": torch.zeros(1, 2, 64, 64)}  # p = 1/2 for both channels
+        >>> background = torch.zeros(1, 64, 64, dtype=torch.long)
+        >>> total, parts = SegmentationLoss(dice_weight=0.8)(undecided, background)
+        >>> [round(float(value), 4) for value in (parts["ce"], parts["dice"], total)]  # log 2, mean of 1 - 1 / 1.25 and 1, 0.2 ce + 0.8 dice
+        [0.6931, 0.6, 0.6186]
     """
 
     def __init__(
@@ -231,7 +219,7 @@ class PromptLoss(nn.Module):
 def mask_dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """`1 - (2 sum(p t) + 1e-5) / (sum(p) + sum(t) + 1e-5)` of single masks, p the sigmoid: `(..., h, w)` -> `(...)`.
 
-    No squares, unlike `dice_loss`.
+    No squares, unlike `cross_entropy_and_dice`.
     """
     shares, wanted = logits.sigmoid(), target.to(logits.dtype)
     both = (shares * wanted).sum((-2, -1))
@@ -256,7 +244,7 @@ def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def dice_and_bce(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Soft Dice with squared denominators, as `dice_loss`, and binary cross-entropy, a sample each: M-SAM's loss of one answer is their sum.
+    """Soft Dice with squared denominators and binary cross-entropy, a sample each: M-SAM's loss of one answer is their sum.
 
     The Dice loss is `1 - (2 sum(p t) + 1e-5) / (sum(p^2) + sum(t^2) + 1e-5)`, p the sigmoid; the cross-entropy is the mean over pixels or voxels.
     (With the library that M-SAM pins the cross-entropy of one channel is always 0; here it is not.)
@@ -282,7 +270,7 @@ def _is_label(labels: Tensor, channels: int) -> Tensor:
 
 
 def _soft_dice(probabilities: Tensor, is_label: Tensor, axes: tuple[int, ...], share: Share = WHOLE) -> Tensor:
-    """The Dice loss of `dice_loss`, summed over `axes` before dividing, from probabilities and labels `(B, C, H, W)`."""
+    """The Dice loss of `cross_entropy_and_dice`, summed over `axes` before dividing, from probabilities and labels `(B, C, H, W)`."""
     intersection = probabilities.masked_fill(~is_label, 0).sum(axes)
     predicted = probabilities.square().sum(axes)
     present = is_label.sum(axes).to(probabilities.dtype)  # t^2 = t

@@ -25,7 +25,15 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x W^T + b`, as `torch.nn.functional.linear`: `(..., in)`, `(out, in)`, `(out,)` -> `(..., out)`."""
+    """`x W^T + b`, as `torch.nn.functional.linear`: `(..., in)`, `(out, in)`, `(out,)` -> `(..., out)`.
+
+    Example:
+        >>> import torch
+        >>> from pgsam.products import linear
+        >>> linear(torch.eye(2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([10.0, 0.0]))
+        tensor([[11.,  3.],
+                [12.,  4.]])
+    """
     if weight.numel() < SMALLEST_WEIGHT or not onednn_is_faster(x) or weight.dtype != x.dtype:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():

@@ -26,7 +26,16 @@ def cubic_operator(source: int, target: int, dtype: str = "float32") -> np.ndarr
 
 
 def resize_cubic(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`(..., H, W)` -> `(..., *size)`, equal to `scipy.ndimage.zoom(..., order=3)` on each slice (float32: within 1e-6)."""
+    """`(..., H, W)` -> `(..., *size)`, equal to `scipy.ndimage.zoom(..., order=3)` on each slice (float32: within 1e-6).
+
+    Example:
+        >>> import numpy as np
+        >>> from pgsam.resample import resize_cubic
+        >>> image = np.random.default_rng(0).random((3, 3))
+        >>> larger = resize_cubic(image, (5, 5))  # a spline goes through its points, and the corners stay corners
+        >>> np.allclose(larger[::2, ::2], image)
+        True
+    """
     if image.shape[-2:] == tuple(size):
         return image
     between = np.empty((*image.shape[:-2], size[0], image.shape[-1]), image.dtype)
@@ -62,7 +71,15 @@ def nearest_index(source: int, target: int) -> tuple[np.ndarray, np.ndarray | No
 
 
 def resize_nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`(..., H, W)` -> `(..., *size)`, equal to `scipy.ndimage.zoom(..., order=0)` on each slice."""
+    """`(..., H, W)` -> `(..., *size)`, equal to `scipy.ndimage.zoom(..., order=0)` on each slice.
+
+    Example:
+        >>> import numpy as np
+        >>> from pgsam.resample import resize_nearest
+        >>> resize_nearest(np.array([[1, 2]]), (2, 4))
+        array([[1, 1, 2, 2],
+               [1, 1, 2, 2]])
+    """
     if labels.shape[-2:] == tuple(size):
         return labels
     rows, rows_outside = nearest_index(labels.shape[-2], size[0])

@@ -1,5 +1,6 @@
 """One file a paper; `build_model` knows them by the names of the `--module` flag."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,39 +17,17 @@ SYNAPSE_CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "live
 DEFAULT_MODULE = PG_SAM
 
 
-def _samed(**arguments: Any) -> SliceModel:
-    return build_samed(**arguments)
-
-
-def _samed_s(**arguments: Any) -> SliceModel:
-    return build_samed(decoder_lora=True, **arguments)
-
-
-def _pg_sam(**arguments: Any) -> SliceModel:
-    return build_pg_sam(**arguments)
-
-
+@functools.wraps(build_sam_adapter)
 def _sam_adapter(*, rank: int, **arguments: Any) -> SliceModel:
     return build_sam_adapter(**arguments)  # it has no LoRA: every builder is told a rank
 
 
-def _promptable(**arguments: Any) -> SliceModel:
-    return build_promptable(**arguments)
-
-
 # What `load_model` fills with a file's tensors; `build_model` starts afresh.
 BUILDERS: dict[str, Callable[..., SliceModel]] = {
-    PG_SAM: _pg_sam,
-    SAMED: _samed,
-    SAMED_S: _samed_s,
-    SAM_ADAPTER: _sam_adapter,
-    SAM_PROMPTABLE: _promptable,
-}
-_SIGNATURES: dict[str, Callable[..., SliceModel]] = {
     PG_SAM: build_pg_sam,
     SAMED: build_samed,
-    SAMED_S: build_samed,
-    SAM_ADAPTER: build_sam_adapter,
+    SAMED_S: functools.partial(build_samed, decoder_lora=True),
+    SAM_ADAPTER: _sam_adapter,
     SAM_PROMPTABLE: build_promptable,
 }
 READS_TEXT = (PG_SAM,)
@@ -58,7 +37,7 @@ PROMPTED = (SAM_PROMPTABLE,)  # segment what a prompt points at, not classes
 def option_defaults(module: str) -> dict[str, Any]:
     """What the options of a module are where nothing else is said, those that are None left out; the rest of a card stands apart from them."""
     apart = ("rank", "class_tokens", "text_dim", "missing", "decoder_lora", "checkpointing")
-    known = inspect.signature(_SIGNATURES[module]).parameters.values()
+    known = inspect.signature(BUILDERS[module]).parameters.values()
     found = {option.name: option.default for option in known if option.default is not option.empty and option.name not in apart}
     return {name: value for name, value in found.items() if value is not None} | ({"text_lora": 0} if module in READS_TEXT else {})
 
@@ -109,6 +88,14 @@ def build_model(
     Raises:
         ValueError: a setting that cannot be.
         UserError: a file is absent or not what it claims to be, or a class has no report.
+
+    Example:
+        >>> import torch
+        >>> from pgsam import build_model
+        >>> model = build_model(vit_name="vit_tiny", img_size=64, verbose=False)
+        >>> outputs = model(torch.zeros(2, 3, 64, 64))
+        >>> {name: tuple(outputs[name].shape) for name in ("low_res_logits", "masks", "similarity")}
+        {'low_res_logits': (2, 9, 16, 16), 'masks': (2, 9, 64, 64), 'similarity': (2, 8, 4, 4)}
     """
     if module not in BUILDERS:
         raise ValueError(f"module is one of {', '.join(BUILDERS)}, not {module!r}")

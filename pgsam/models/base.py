@@ -35,6 +35,7 @@ class SliceModel(nn.Module):
     rag: nn.Module | None  # `pgsam.retrieval.memory.MemoryAttention`, where one is trained
     depth_slices: int = 1  # neighbouring slices that `forward` takes for each that it segments
     kept: tuple[str, ...] = ()  # prefixes of frozen parameters that a SAM file does not give back, so that checkpoints must hold them
+    foreign: tuple[str, ...] = ()  # prefixes of parameters that come from files of their own, which are neither a SAM file nor a checkpoint
 
     def __init__(
         self,

@@ -62,4 +62,6 @@ class ModelCard:
             fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items() if name in known}
             return cls(**fields)
         except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise UserError(f"{source}: expected a PG-SAM model card in the metadata, found another or a damaged one ({error})") from error
+            raise UserError(
+                f"{source}: expected a PG-SAM model card in the metadata, found another or a damaged one ({error}); copy the file again"
+            ) from error

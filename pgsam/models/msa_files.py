@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pgsam.errors import UserError
 from pgsam.sam.build import VITS
-from pgsam.sam.weights import is_flat_state, resize_positions, vit_of
+from pgsam.sam.weights import is_flat_state, require_tensors, resize_positions, vit_of
 
 _ADAPTER_KEY = re.compile(r"image_encoder\.blocks\.\d+\.(Space|MLP|Depth)_Adapter\.D_fc[12]\.(weight|bias)")
 _RENAMED = (
@@ -107,17 +107,7 @@ def fill_from_msa(model: nn.Module, file: MsaFile, base: Mapping[str, Tensor] | 
         tables = {name: torch.zeros_like(value) for name, value in target.items() if ".attn.rel_pos_" in name}
         state = {**(base or {}), **tables, **state}
     state = {name: _to_shape(name, value, target[name].shape) if name in target else value for name, value in state.items()}
-    problems = {
-        "absent": [name for name in target if name not in state],
-        "unknown": [name for name in state if name not in target],
-        "of another shape": [name for name, value in state.items() if name in target and value.shape != target[name].shape],
-    }
-    for problem, names in problems.items():
-        if names:
-            raise UserError(
-                f"{source}: expected the {len(target)} tensors of SAM with Medical-SAM-Adapter's adapters, {len(names)} are {problem}: "
-                f"{', '.join(sorted(names)[:5])}; another version wrote it, or it is damaged"
-            )
+    require_tensors(state, target, source, f"the {len(target)} tensors of SAM with Medical-SAM-Adapter's adapters")
     model.load_state_dict(state)
 
 

@@ -22,9 +22,10 @@ from pgsam.decoding.refiner import IterativeMaskRefiner
 from pgsam.errors import UserError
 from pgsam.models.base import Recall, SliceModel
 from pgsam.prior.aligner import ALIGNERS
+from pgsam.prior.organ_reports import builtin_reports, normalise_name, read_organ_reports
 from pgsam.prior.organ_texts import NO_REPORTS, OrganTexts, gather_wordings, open_encoder, read_distinct
-from pgsam.prior.reports import builtin_reports, normalise_name, read_organ_reports
-from pgsam.prior.text_encoder import BUILTIN_ENCODER, TextEncoder, embed_texts, load_text_encoder
+from pgsam.prior.text_embeddings import embed_texts
+from pgsam.prior.text_encoder import BUILTIN_ENCODER, TextEncoder, load_text_encoder
 from pgsam.sam.build import build_image_encoder, build_mask_decoder, build_prompt_encoder, vit_sizes
 from pgsam.sam.image_encoder import ImageEncoder
 from pgsam.tuning.adapter import MARK, add_adapters
@@ -337,7 +338,8 @@ def replace_reports(model: PGSam, source: Mapping[str, str] | str | Path, encode
         UserError: an organ in `source` is unknown, none is the model's, a text needs an encoder that is not there, or it is not the one of training.
     """
     if model.texts is None or model.told is None:
-        raise UserError(f"{_named(source)}: expected a model that reads reports, found one without text (learned class tokens and no aligner)")
+        found = "one without text (learned class tokens and no aligner)"
+        raise UserError(f"{_named(source)}: expected a model that reads reports, found {found}; leave the reports out")
     classes = {normalise_name(name): i for i, name in enumerate(model.class_names)}
     if source == NO_REPORTS:
         texts, saw_labels = dict.fromkeys(classes, ""), False

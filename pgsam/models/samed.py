@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pgsam.errors import UserError
 from pgsam.models.base import Recall, SliceModel
 from pgsam.sam.build import VITS, build_image_encoder, build_mask_decoder, build_prompt_encoder
+from pgsam.sam.weights import require_tensors
 from pgsam.tuning.lora import LoRALinear, add_encoder_lora, add_projection_lora
 from pgsam.tuning.trainable import train_only
 from pgsam.volume_io import replacing
@@ -97,14 +98,23 @@ def is_samed_state(state: Mapping[str, Tensor]) -> bool:
 
 
 def describe_samed_state(state: Mapping[str, Tensor], source: str) -> SamedFile:
-    """Rank, ViT, classes and variant of a published file, inferred from its tensors."""
-    rank, dim = state["w_a_000"].shape
+    """Rank, ViT, classes and variant of a published file, inferred from its tensors.
+
+    Raises:
+        UserError: the factors are of no ViT of SAM's, or they or the mask tokens are no matrices.
+    """
+    factor, tokens = state["w_a_000"], state["mask_decoder.mask_tokens.weight"]
+    if factor.ndim != 2 or tokens.ndim != 2 or not 1 <= factor.shape[0] <= factor.shape[1]:
+        found = f"w_a_000 {list(factor.shape)} and mask tokens {list(tokens.shape)}"
+        raise UserError(f"{source}: expected LoRA factors (rank, width) and mask tokens (classes + 1, channels), found {found}; it is damaged")
+    rank, dim = factor.shape
     layers = sum(key.startswith("w_a_") for key in state) // 2
     names = [name for name, sizes in VITS.items() if sizes.embed_dim == dim]
     if not names:
-        raise UserError(f"{source}: expected LoRA factors of width {', '.join(str(s.embed_dim) for s in VITS.values())}, found {dim}")
+        known = ", ".join(str(sizes.embed_dim) for sizes in VITS.values())
+        raise UserError(f"{source}: expected LoRA factors of width {known}, found {dim}; it is of another model")
     module = SAMED_S if "fati_qa" in state else SAMED
-    return SamedFile(module, names[0], rank, state["mask_decoder.mask_tokens.weight"].shape[0] - 1, layers)
+    return SamedFile(module, names[0], rank, len(tokens) - 1, layers)
 
 
 def samed_key_map(model: SliceModel) -> dict[str, str]:
@@ -159,9 +169,5 @@ def from_samed_state(state: Mapping[str, Tensor], model: SliceModel, source: str
         UserError: a tensor is absent, unknown or of another shape; the first five are named.
     """
     keys, target = samed_key_map(model), model.state_dict()
-    absent, unknown = [k for k in keys if k not in state], [k for k in state if k not in keys]
-    misshapen = [k for k, ours in keys.items() if k in state and state[k].shape != target[ours].shape]
-    for problem, names in (("absent", absent), ("unknown", unknown), ("of another shape", misshapen)):
-        if names:
-            raise UserError(f"{source}: expected the {len(keys)} tensors of a SAMed file, {len(names)} are {problem}: {', '.join(names[:5])}")
+    require_tensors(state, {theirs: target[ours] for theirs, ours in keys.items()}, source, f"the {len(keys)} tensors of a SAMed file")
     return {ours: state[theirs] for theirs, ours in keys.items()}

@@ -13,7 +13,8 @@ from pgsam.oneshot.reference import EmptyReference
 from pgsam.oneshot.result import Candidate, OneShotResult
 from pgsam.sam.backbone import Backbone, Embedding
 
-METHODS = ("p2sam", "persam", "persam_f", "direct")
+_CLASSES: dict[str, Any] = {"p2sam": P2SAM, "persam": PerSAM, "persam_f": PerSAMF, "direct": DirectTransfer}
+METHODS = tuple(_CLASSES)
 
 __all__ = [
     "METHODS",
@@ -50,7 +51,6 @@ def build_method(name: str, backbone: Backbone, **options: Any) -> OneShot:
     Raises:
         ValueError: there is no such method.
     """
-    classes: dict[str, Any] = {"p2sam": P2SAM, "persam": PerSAM, "persam_f": PerSAMF, "direct": DirectTransfer}
-    if name not in classes:
+    if name not in _CLASSES:
         raise ValueError(f"a method is one of {', '.join(METHODS)}, not {name!r}")
-    return classes[name](backbone, **options)
+    return _CLASSES[name](backbone, **options)

@@ -32,18 +32,18 @@ class DirectTransfer:
         """Nothing is learned from a reference; the arguments are not looked at."""
         return self
 
-    def predict(self, image: np.ndarray | Embedding, reference_mask: np.ndarray | None = None) -> OneShotResult:
+    def predict(self, image: np.ndarray | Embedding, true_mask: np.ndarray | None = None) -> OneShotResult:
         """The decoder's answer for an image `(H, W, 3)` or its embedding.
 
         Args:
             image: the image.
-            reference_mask: `(H, W)`, the image's own true mask; only for `point` and `box`, and the result's note says that it was used.
+            true_mask: `(H, W)`, the image's own; only for `point` and `box`, and the result's note says that it was used.
 
         Raises:
             ValueError: the prompt needs a mask and there is none, or it has another size than the image.
         """
         embedding = embed(self.backbone, image)
-        prompts, reason = self._prompts(embedding, reference_mask)
+        prompts, reason = self._prompts(embedding, true_mask)
         decoded = self.backbone.decode(embedding, prompts, tokens=self.tokens)
         low_res, iou = best_of(decoded)
         if reason is None and not (embedding.frame.upscale(low_res) > 0).any():
@@ -59,7 +59,7 @@ class DirectTransfer:
         if self.prompt == "none":
             return Prompts(), None
         if true_mask is None:
-            raise ValueError(f"the prompt {self.prompt!r} is made from the true mask: give reference_mask")
+            raise ValueError(f"the prompt {self.prompt!r} is made from the true mask: give true_mask")
         mask = as_mask(true_mask)
         if mask.shape != embedding.frame.original:
             raise ValueError(f"expected a mask of the image's size {size(embedding.frame.original)}, got {size(mask.shape)}")

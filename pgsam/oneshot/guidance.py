@@ -7,25 +7,18 @@ from torch import Tensor
 from pgsam.oneshot.similarity import upscale_similarity
 from pgsam.sam.geometry import Frame
 
-ALIGNS = ("padded", "stretched")
 
-
-def attention_bias(similarity: Tensor, frame: Frame, align: str = "padded") -> Tensor:
+def attention_bias(similarity: Tensor, frame: Frame, compat: str = "fixed") -> Tensor:
     """`(g, g)` in [0, 1]: the sigmoid of the z-scored similarity, for `Guidance.attention`.
 
     Args:
         similarity: `(g, g)`, a cosine map on tokens.
         frame: of the image.
-        align: `padded`: each token has the value of its own place, z-scored over the tokens that show the image, and tokens of the padding have 0,
-            less than any other, so that nothing they hold is asked for. `stretched`, as released: the map of the unpadded image is stretched over
-            the whole grid, so that in an image that is not square it points beside the object.
-
-    Raises:
-        ValueError: `align` is neither.
+        compat: `fixed`: each token has the value of its own place, z-scored over the tokens that show the image, and tokens of the padding have 0,
+            less than any other, so that nothing they hold is asked for. `released`: the map of the unpadded image is stretched over the whole
+            grid, so that in an image that is not square it points beside the object.
     """
-    if align not in ALIGNS:
-        raise ValueError(f"align is one of {', '.join(ALIGNS)}, not {align!r}")
-    if align == "padded":
+    if compat != "released":
         valid = frame.valid_tokens()
         return torch.where(valid, _z_scored(similarity, similarity[valid]).sigmoid(), 0.0)
     pixels = upscale_similarity(similarity, frame, "released")

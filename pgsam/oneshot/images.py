@@ -7,7 +7,7 @@ from PIL import Image
 
 from pgsam.errors import UserError
 from pgsam.overlay import save_png
-from pgsam.volume_io import Scan, is_picture, read_scan, suffix_of
+from pgsam.volume_io import Scan, is_picture, make_parent, read_scan, suffix_of
 
 _LOSSY = (".jpg", ".jpeg")
 
@@ -60,10 +60,7 @@ def write_mask(path: str | Path, mask: np.ndarray) -> None:
         UserError: the file cannot be written.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); check the folder and its rights") from error
+    make_parent(path)
     save_png(Image.fromarray(np.asarray(mask, dtype=bool).astype(np.uint8) * np.uint8(255)), path)
 
 

@@ -23,11 +23,11 @@ from pgsam.errors import UserError
 from pgsam.oneshot.cascade import POLICIES, cascade
 from pgsam.oneshot.guidance import attention_bias, semantic_token
 from pgsam.oneshot.parts import distinct_count, part_labels, part_prototypes
-from pgsam.oneshot.reference import COMPATS, Reference, embed, references_of, touched_tokens
+from pgsam.oneshot.reference import Reference, check_compat, embed, references_of, touched_tokens
 from pgsam.oneshot.result import Candidate, OneShotResult, result_of
 from pgsam.oneshot.saved import PARTS_OF_A_REFERENCE, SETTINGS, check_tensors, read_saved, write_saved
 from pgsam.oneshot.similarity import peak, similarity_maps, too_unlike, trough, upscale_similarity
-from pgsam.oneshot.transport import OF_ANY_SIZES, wasserstein2
+from pgsam.oneshot.transport import TRANSPORTS, wasserstein2
 from pgsam.sam.backbone import Backbone, Embedding, Guidance
 
 
@@ -56,6 +56,20 @@ class P2SAM:
 
     Raises:
         ValueError: a setting is none of those.
+
+    Example:
+        >>> import numpy as np
+        >>> from pgsam.oneshot import P2SAM
+        >>> from pgsam.sam.backbone import SamBackbone
+        >>> from pgsam.sam.build import build_image_encoder, build_mask_decoder, build_prompt_encoder
+        >>> parts = build_image_encoder("vit_tiny", 64), build_prompt_encoder("vit_tiny", 64), build_mask_decoder("vit_tiny")
+        >>> method = P2SAM(SamBackbone(*parts), parts=(1, 2))  # at a random start; pgsam.engine.oneshot opens trained files
+        >>> image, mask = np.zeros((48, 64, 3), dtype=np.uint8), np.zeros((48, 64), dtype=bool)
+        >>> image[16:, 16:48], mask[16:, 16:48] = 255, True
+        >>> {n: tuple(rows.shape) for n, rows in method.fit(image, mask).prototypes.items()}  # the object in one part, and in two
+        {1: (1, 128), 2: (2, 128)}
+        >>> method.predict(image).mask.shape
+        (48, 64)
     """
 
     def __init__(
@@ -74,9 +88,10 @@ class P2SAM:
         guided: bool | None = None,
         weighted: bool = False,
     ) -> None:
-        for name, value, allowed in (("policy", policy, POLICIES), ("compat", compat, COMPATS), ("transport", transport, OF_ANY_SIZES)):
+        for name, value, allowed in (("policy", policy, POLICIES), ("transport", transport, TRANSPORTS)):
             if value not in allowed:
                 raise ValueError(f"{name} is one of {', '.join(allowed)}, not {value!r}")
+        check_compat(compat)
         for name, (low, high), least in (("parts", parts, 1), ("negatives", negatives, 0)):
             if not least <= low <= high:
                 raise ValueError(f"{name} is (least, most) with {least} <= least <= most, not {(low, high)}")
@@ -267,7 +282,7 @@ class P2SAM:
             positives = [peak(upscale_similarity(part, embedding.frame, self.compat), found) for part in maps]
             guidance = None
             if self.guided:
-                guidance = Guidance(attention_bias(maps.mean(dim=0), embedding.frame, "padded" if self.compat == "fixed" else "stretched"), semantic)
+                guidance = Guidance(attention_bias(maps.mean(dim=0), embedding.frame, self.compat), semantic)
             if self.policy == "natural":
                 lowest = trough(upscale_similarity(maps.mean(dim=0), embedding.frame, self.compat), found)
                 negatives = [[lowest] * m for m in range(self.negatives[0], self.negatives[1] + 1)]

@@ -27,6 +27,12 @@ def part_labels(tokens: Tensor, n: int, *, seed: int = 0, restarts: int = 10) ->
         n: parts, at least 1.
         seed: of the starts.
         restarts: runs.
+
+    Example:
+        >>> import torch
+        >>> from pgsam.oneshot.parts import part_labels
+        >>> part_labels(torch.tensor([[9.0, 9.0], [0.0, 0.1], [0.0, 0.0]]), n=2)
+        tensor([1, 0, 0])
     """
     distinct, of_token, counts = np.unique(tokens.double().numpy(), axis=0, return_inverse=True, return_counts=True)
     n = min(n, len(distinct))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pgsam.oneshot.cascade import EMPTY, best_of, cascade, tight_box
 from pgsam.oneshot.guidance import attention_bias, semantic_token
-from pgsam.oneshot.reference import COMPATS, as_mask, embed, listed, references_of
+from pgsam.oneshot.reference import as_mask, check_compat, embed, listed, references_of
 from pgsam.oneshot.result import Candidate, OneShotResult, result_of
 from pgsam.oneshot.similarity import peak, similarity_maps, too_unlike, trough, upscale_similarity
 from pgsam.sam.backbone import Backbone, Embedding, Guidance, Prompts
@@ -29,8 +29,7 @@ class PerSAM:
     """
 
     def __init__(self, backbone: Backbone, *, compat: str = "fixed", guided: bool = True, min_similarity: float | None = None) -> None:
-        if compat not in COMPATS:
-            raise ValueError(f"compat is one of {', '.join(COMPATS)}, not {compat!r}")
+        check_compat(compat)
         self.backbone, self.compat, self.guided, self.min_similarity = backbone, compat, guided, min_similarity
         self.semantic: Tensor | None = None  # (C,)
 
@@ -50,7 +49,7 @@ class PerSAM:
         points, labels = np.array([peak(pixels), trough(pixels)]), np.array([1, 0])
         guidance = None
         if self.guided:
-            guidance = Guidance(attention_bias(maps[0], embedding.frame, "padded" if self.compat == "fixed" else "stretched"), self.semantic)
+            guidance = Guidance(attention_bias(maps[0], embedding.frame, self.compat), self.semantic)
         done = cascade(self.backbone, embedding, points, labels, guidance=guidance)
         candidate = Candidate(1, 1, None, points, labels, maps, done.passes, done.passes[-1], done.iou_predicted, done.reason)
         return result_of(candidate, (candidate,), embedding.frame, refused=too_unlike(maps, self.min_similarity))
@@ -72,8 +71,7 @@ class PerSAMF:
     def __init__(
         self, backbone: Backbone, *, compat: str = "fixed", steps: int = 1000, learning_rate: float = 1e-3, min_similarity: float | None = None
     ) -> None:
-        if compat not in COMPATS:
-            raise ValueError(f"compat is one of {', '.join(COMPATS)}, not {compat!r}")
+        check_compat(compat)
         self.backbone, self.compat, self.steps, self.learning_rate, self.min_similarity = backbone, compat, steps, learning_rate, min_similarity
         self.prototype: Tensor | None = None  # (C,)
         self.weights: Tensor | None = None  # (3,), of sum 1

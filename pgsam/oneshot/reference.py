@@ -20,6 +20,12 @@ class EmptyReference(ValueError):
     """A reference mask without a pixel of the object."""
 
 
+def check_compat(compat: str) -> None:
+    """Raises a ValueError unless it is one of `COMPATS`."""
+    if compat not in COMPATS:
+        raise ValueError(f"compat is one of {', '.join(COMPATS)}, not {compat!r}")
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """One labelled image, encoded.

@@ -7,8 +7,7 @@ root is not taken: W2(A, A + v) = |v|^2, and tokens scaled by s scale it by s^2.
 import numpy as np
 from torch import Tensor
 
-TRANSPORTS = ("exact", "assign", "sinkhorn")
-OF_ANY_SIZES = ("exact", "sinkhorn")  # of sets that need not have as many tokens
+TRANSPORTS = ("exact", "sinkhorn")
 MOST_ROUNDS = 2000  # of Sinkhorn's scaling
 CLOSE = 1e-7  # row sums, to their share
 LEAST_BLUR = 0.01  # below, numbers underflow
@@ -32,9 +31,8 @@ def wasserstein2(
         b: tokens.
         a_weights: `(N,)` positive shares of the tokens, of any sum; None: equal shares.
         b_weights: likewise `(M,)`.
-        backend: `exact`: the linear program (POT's network simplex). `assign`: the same by Hungarian matching, of as many as many without weights.
-            `sinkhorn`: entropic and debiased (the Sinkhorn divergence of Feydy et al. 2019, arXiv 1810.08278), for large sets; it is 0 for equal
-            sets and obeys the shift and scale laws too.
+        backend: `exact`: the linear program (POT's network simplex). `sinkhorn`: entropic and debiased (the Sinkhorn divergence of Feydy et al.
+            2019, arXiv 1810.08278), for large sets; it is 0 for equal sets and obeys the shift and scale laws too.
         max_tokens: larger sets are thinned to that many, drawn by `seed`; None: all. Sets of equal size lose the same rows, so equal sets stay
             equal. Of other sets it measures two samples, which lie further apart than the sets do: such a distance compares with others of the same
             `max_tokens` only.
@@ -42,15 +40,19 @@ def wasserstein2(
         seed: of the drawing.
 
     Raises:
-        ValueError: a set is empty, the sets' widths differ, weights or blur are out of range, there is no such backend, or `assign` was asked for
-            what it cannot do.
+        ValueError: a set is empty, the sets' widths differ, weights or blur are out of range, or there is no such backend.
+
+    Example:
+        >>> import torch
+        >>> from pgsam.oneshot.transport import wasserstein2
+        >>> tokens = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+        >>> round(wasserstein2(tokens, tokens + torch.tensor([3.0, 4.0])), 6)  # moved by 5
+        25.0
     """
     if backend not in TRANSPORTS:
         raise ValueError(f"transport is one of {', '.join(TRANSPORTS)}, not {backend!r}")
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or 0 in (len(a), len(b)):
         raise ValueError(f"expected two sets of tokens (N, C) and (M, C), got {tuple(a.shape)} and {tuple(b.shape)}")
-    if backend == "assign" and (a_weights is not None or b_weights is not None):
-        raise ValueError("assign matches tokens one to one: it takes no weights")
     if blur < LEAST_BLUR:
         raise ValueError(f"blur is at least {LEAST_BLUR}, not {blur}; for less of it use exact")
     left, left_shares = _thinned(a, a_weights, max_tokens, seed)
@@ -62,12 +64,6 @@ def wasserstein2(
         import ot
 
         return max(0.0, float(ot.emd2(left_shares, right_shares, costs, numItermax=10_000_000)))
-    if backend == "assign":
-        from scipy.optimize import linear_sum_assignment
-
-        if len(left) != len(right):
-            raise ValueError(f"assign matches as many tokens with as many, got {len(left)} and {len(right)}")
-        return float(costs[linear_sum_assignment(costs)].mean())
     weight = blur * costs.max()
     if weight == 0:  # all tokens are one
         return 0.0

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from pgsam.errors import UserError
+from pgsam.prior.provenance import read_text
 
 # What is asked for under the names that the built-in reports use (prior/data/organs.json).
 WORDINGS = {
@@ -94,16 +95,13 @@ def read_prompt(path: str | Path, names: tuple[str, ...]) -> str:
     Raises:
         UserError: no such file, no UTF-8 text, empty, or other placeholders.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected a prompt in a text file, cannot read it ({error})") from error
+    text = read_text(Path(path)).strip()
     if not text:
-        raise UserError(f"{path}: expected a prompt, found an empty file")
+        raise UserError(f"{path}: expected a prompt, found an empty file; write one")
     found = set(_PLACEHOLDER.findall(text))
     if found != set(names):
-        wanted = ", ".join(f"{{{name}}}" for name in names)
-        raise UserError(f"{path}: expected the placeholders {wanted}, found {', '.join(f'{{{name}}}' for name in sorted(found)) or 'none'}")
+        wanted, written = (", ".join(f"{{{name}}}" for name in some) for some in (names, sorted(found)))
+        raise UserError(f"{path}: expected the placeholders {wanted}, found {written or 'none'}; correct the prompt")
     return text
 
 
@@ -410,7 +408,7 @@ class LocalModel:
             self._reader: Any = reader.from_pretrained(name, local_files_only=True)
             model: Any = kind.from_pretrained(name, local_files_only=True)
             self._model = model.to(device).eval()
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except Exception as error:  # whatever a damaged folder makes the library raise
             what = "an image-text-to-text" if images else "a text generation"
             raise UserError(
                 f"--local_model {name}: expected {what} model of transformers in that folder or in the local cache, cannot load it "

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pgsam.errors import UserError
-from pgsam.prior.reports import builtin_reports, normalise_name, read_organ_reports
-from pgsam.prior.text_encoder import BUILTIN_ENCODER, TextEncoder, builtin_embeddings, load_text_encoder
+from pgsam.prior.organ_reports import builtin_reports, normalise_name, read_organ_reports
+from pgsam.prior.text_embeddings import builtin_embeddings
+from pgsam.prior.text_encoder import BUILTIN_ENCODER, TextEncoder, load_text_encoder
 
 NO_REPORTS = "none"
 WORDING_NOISE = 0.02  # standard deviation a component, on unit vectors; between two wordings of an organ it is about 0.04 for MiniLM

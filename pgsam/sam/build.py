@@ -45,7 +45,15 @@ def vit_sizes(vit_name: str) -> VitSizes:
 
 
 def build_image_encoder(vit_name: str, img_size: int, *, ndim: int = 2, **sizes: Any) -> ImageEncoder:
-    """The image encoder of `vit_name` for `img_size` pixels a side; `sizes` replaces single arguments of `ImageEncoder`."""
+    """The image encoder of `vit_name` for `img_size` pixels a side; `sizes` replaces single arguments of `ImageEncoder`.
+
+    Example:
+        >>> import torch
+        >>> from pgsam.sam.build import build_image_encoder
+        >>> encoder = build_image_encoder("vit_tiny", img_size=96)
+        >>> encoder(torch.zeros(1, 3, 96, 96)).shape  # a token for each patch of 16 x 16 pixels
+        torch.Size([1, 128, 6, 6])
+    """
     return ImageEncoder(**{**vit_sizes(vit_name).encoder(), "img_size": img_size, "ndim": ndim, **sizes})
 
 

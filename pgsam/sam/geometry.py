@@ -22,6 +22,15 @@ class Frame:
         resized: (h, w) of what the input shows of it; neither is larger than `size`.
         size: side S of the input.
         stride: side of a patch.
+
+    Example:
+        >>> import torch
+        >>> from pgsam.sam.geometry import Frame
+        >>> frame = Frame.longest_side((480, 640), size=1024)
+        >>> frame.resized, frame.grid, frame.filled
+        ((768, 1024), 64, (48, 64))
+        >>> frame.to_input(torch.tensor([[320.0, 240.0]]))
+        tensor([[512., 384.]])
     """
 
     original: tuple[int, int]

@@ -71,7 +71,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     state = read_torch(path)
     if not is_flat_state(state):
         inside = f"a dict with {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, Mapping) else type(state).__name__
-        raise UserError(f"{path}: expected a flat dict of tensors, found {inside}")
+        raise UserError(f"{path}: expected a flat dict of tensors, found {inside}; give a file of a state dict")
     return dict(state)
 
 
@@ -150,6 +150,28 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def require_tensors(
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    source: str | Path,
+    expected: str,
+    remedy: str = "another version wrote it, or it is damaged",
+) -> None:
+    """Raises a UserError unless `state`, which is of `source`, has the tensors of `wanted`, each of its shape, and no others.
+
+    The message says that `expected`, such as "the tensors of SAMed", are absent, unknown or of another shape, names the first five, and says the
+    `remedy`.
+    """
+    problems = {
+        "absent": [name for name in wanted if name not in state],
+        "unknown": [name for name in state if name not in wanted],
+        "of another shape": [name for name, value in state.items() if name in wanted and value.shape != wanted[name].shape],
+    }
+    for problem, names in problems.items():
+        if names:
+            raise UserError(f"{source}: expected {expected}, {len(names)} are {problem}: {', '.join(sorted(names)[:5])}; {remedy}")
+
+
 def vit_of(state: Mapping[str, Tensor]) -> str | None:
     """Which of SAM's image encoders a state dict holds, or None if it holds none of them."""
     position = state.get("image_encoder.pos_embed")
@@ -171,7 +193,7 @@ def read_sam(path: str | Path, vit_name: str) -> dict[str, Tensor]:
     state = read_state_dict(path)
     found = vit_of(state)
     if found is None:
-        raise UserError(f"{path}: expected a SAM checkpoint of {vit_name}, found other tensors: {', '.join(list(state)[:5])}")
+        raise UserError(f"{path}: expected a SAM checkpoint of {vit_name}, found other tensors: {', '.join(list(state)[:5])}; give another --ckpt")
     if found != vit_name:
         raise UserError(f"{path}: expected a SAM checkpoint of {vit_name}, found {found}; give --vit_name {found} or another --ckpt")
     return state
@@ -210,7 +232,8 @@ def fit_sam(state: Mapping[str, Tensor], model: nn.Module, source: str) -> tuple
     report.new = [key for key in target if key not in fitted and not key.startswith(elsewhere)]
     lost = [key for key in report.new if key.startswith("image_encoder.") and ".lora_" not in key and "_adapter." not in key]
     if lost:
-        raise UserError(f"{source}: expected every tensor of the image encoder, {len(lost)} are absent or misshapen: {', '.join(lost[:5])}")
+        found = f"{len(lost)} are absent or misshapen: {', '.join(lost[:5])}"
+        raise UserError(f"{source}: expected every tensor of the image encoder, {found}; copy or download the file again")
     return fitted, report
 
 

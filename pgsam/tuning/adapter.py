@@ -127,6 +127,16 @@ def add_adapters(
 
     Raises:
         ValueError: a setting that cannot be.
+
+    Example:
+        >>> import torch
+        >>> from pgsam.sam.build import build_image_encoder
+        >>> from pgsam.tuning.adapter import add_adapters
+        >>> encoder, image = build_image_encoder("vit_tiny", img_size=64), torch.ones(1, 3, 64, 64)
+        >>> before = encoder(image)
+        >>> add_adapters(encoder)
+        >>> torch.equal(encoder(image), before)  # until they are trained
+        True
     """
     if not parts or set(parts) - set(PARTS):
         raise ValueError(f"parts are some of {', '.join(PARTS)}, not {parts}")

@@ -48,7 +48,7 @@ class LoRALinear(nn.Module):
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        if self.merged is not None:
+        if self.enabled and self.merged is not None:
             return linear(x, self.merged, self.bias)
         out = linear(x, self.weight, self.bias)
         if not self.enabled:
@@ -104,7 +104,16 @@ def lora_query_value(qkv: nn.Linear, rank: int) -> LoRALinear:
 
 
 def add_encoder_lora(encoder: nn.Module, rank: int, blocks: Sequence[int] | None = None) -> None:
-    """Puts LoRA on the q and v projections of an image encoder's attention (`blocks[i].attn.qkv`), in the given blocks or in all of them."""
+    """Puts LoRA on the q and v projections of an image encoder's attention (`blocks[i].attn.qkv`), in the given blocks or in all of them.
+
+    Example:
+        >>> from pgsam.sam.build import build_image_encoder
+        >>> from pgsam.tuning.lora import add_encoder_lora, lora_layers
+        >>> encoder = build_image_encoder("vit_tiny", img_size=64)  # 6 blocks, 160 wide
+        >>> add_encoder_lora(encoder, rank=4)
+        >>> sum(value.numel() for name, value in encoder.named_parameters() if ".lora_" in name)  # 6 blocks x q, v x A, B x 4 x 160
+        15360
+    """
     depth = len(encoder.get_submodule("blocks"))  # type: ignore[arg-type]
     chosen = range(depth) if blocks is None else blocks
     absent = [i for i in chosen if not 0 <= i < depth]
@@ -128,7 +137,20 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Merges every update into its layer: the same function with one product less, for inference."""
+    """Merges every update into its layer: the same function with one product less, for inference.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from pgsam.tuning.lora import LoRALinear, merge_lora
+        >>> layer = LoRALinear(nn.Linear(8, 8), rank=2, parts={"q": (0, 4)})
+        >>> _ = nn.init.ones_(layer.lora_b["q"])  # as if it had been trained
+        >>> x = torch.ones(1, 8)
+        >>> apart = layer(x)
+        >>> merge_lora(layer)
+        >>> torch.allclose(layer(x), apart, atol=1e-5), "merged" in layer.state_dict()
+        (True, False)
+    """
     for layer in lora_layers(model).values():
         layer.merge()
 
@@ -167,12 +189,11 @@ def lora_merged(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
     """Within this context the model computes as if it had never been adapted."""
-    layers = lora_layers(model).values()
-    before = [(layer, layer.enabled, layer.merged) for layer in layers]
+    before = [(layer, layer.enabled) for layer in lora_layers(model).values()]
     try:
-        for layer in layers:
-            layer.enabled, layer.merged = False, None
+        for layer, _ in before:
+            layer.enabled = False
         yield
     finally:
-        for layer, enabled, merged in before:
-            layer.enabled, layer.merged = enabled, merged
+        for layer, enabled in before:
+            layer.enabled = enabled

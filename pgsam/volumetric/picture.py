@@ -44,16 +44,14 @@ def lesion_montage(
         marks.setdefault(int(np.clip(np.rint(d), 0, depth - 1)), []).append(((w + 0.5, height - 1 - h + 0.5), positive))
     chosen = _slices(np.asarray(inside.any(axis=(1, 2))), sorted(marks), columns)
     spacing = turned.spacing_mm[1], turned.spacing_mm[2]
-    rows, columns_ = _close(inside, marks, (height, width), spacing)
-    views = [(slice(0, height), slice(0, width)), (rows, columns_)]
+    views = [(slice(0, height), slice(0, width)), _close(inside, marks, (height, width), spacing)]
     numbers = _file_numbers(turn.flipped, depth)
     tiles = [
         [_tile(shown[d][view], inside[d][view], marks.get(d, []), view, spacing, f"{numbers[d]}" if first == 0 else "") for d in chosen]
         for first, view in enumerate(views)
     ]
     legend = [(name, OBJECT), ("click in it", IN_OBJECT), ("click outside", OUTSIDE)]
-    height_ = tiles[0][0].shape[0]
-    return montage(tiles, row_titles=["axial slice", "close"], legend=legend, tile_height=height_)
+    return montage(tiles, row_titles=["axial slice", "close"], legend=legend, tile_height=tiles[0][0].shape[0])
 
 
 def _file_numbers(flipped: Sequence[int], depth: int) -> list[int]:

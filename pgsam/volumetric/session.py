@@ -37,7 +37,7 @@ from pgsam.volumetric.crop import Canonical, CropGrid, VolumeRecipe
 from pgsam.volumetric.model import VolumetricSam
 from pgsam.volumetric.places import Places
 from pgsam.volumetric.refine import MEMORIES, as_points, joined
-from pgsam.volumetric.tiles import Face, beyond, blended, coarser, face_places, inner_faces, object_in, sees_beyond, tiles
+from pgsam.volumetric.tiles import Face, beyond, blended, coarser, extent, face_places, inner_faces, object_in, sees_beyond, tiles
 
 Result = TypeVar("Result")
 
@@ -112,6 +112,19 @@ class InteractiveSession:
     Attributes:
         prompts: what was said so far.
         warnings: what a user should know, in whole sentences.
+
+    Example:
+        >>> import numpy as np
+        >>> from pgsam.volume import Volume
+        >>> from pgsam.volumetric.crop import VolumeRecipe
+        >>> from pgsam.volumetric.model import build_volumetric
+        >>> from pgsam.volumetric.session import InteractiveSession
+        >>> model = build_volumetric("nano3d_32")  # at a random start; load_volumetric opens trained files
+        >>> scan = Volume(np.zeros((8, 24, 24), dtype=np.int16), np.eye(4)[[2, 1, 0, 3]])  # 1 mm, d along z
+        >>> session = InteractiveSession(model, VolumeRecipe(spacing_mm=None), scan)
+        >>> mask = session.click((12.0, 10.0, 4.0))  # x, y, z in LPS millimetres
+        >>> mask.shape, mask.dtype, session.prompts[0].opened
+        ((8, 24, 24), dtype('bool'), 1)
     """
 
     def __init__(
@@ -216,9 +229,7 @@ class InteractiveSession:
             raise ValueError(f"the mask has {found}; it must be 0 outside the object and one other number in it")
         inside = self.canonical.turn.array(array != 0).transpose(2, 1, 0)
         said = Prompt("mask")
-        spans = [np.flatnonzero(inside.any(axis=tuple(other for other in range(3) if other != axis))) for axis in range(3)]
-        first, last = np.array([span[0] for span in spans]), np.array([span[-1] for span in spans])
-        for crop in self._crops_for(first, last, said):
+        for crop in self._crops_for(*extent(inside), said):
             self._ask(crop, said, mask=self._as_logits(crop.grid.image(inside)))
         self._grow(said)
         return self._finish(said)

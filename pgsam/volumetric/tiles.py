@@ -45,6 +45,12 @@ def tiles(volume: Canonical, low: np.ndarray, high: np.ndarray, size: int, spaci
     return [CropGrid.around(volume, np.array(centre), size, spacing_mm) for centre in product(*centres)]
 
 
+def extent(inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last index, `(3,)` each, of a box around all that is true in `inside` `(X, Y, Z)`, which is not empty."""
+    spans = [np.flatnonzero(inside.any(axis=tuple(other for other in range(3) if other != axis))) for axis in range(3)]
+    return np.array([span[0] for span in spans]), np.array([span[-1] for span in spans])
+
+
 def beyond(grid: CropGrid, face: Face) -> CropGrid:
     """The crop half its side further through a face."""
     axis, sign = face
@@ -126,11 +132,10 @@ def _around_object(grid: CropGrid, logits: np.ndarray, shape: Sequence[int]) -> 
     inside = logits > 0
     if not inside.any():
         return slice(0, 0), slice(0, 0), slice(0, 0)
-    ends = [np.flatnonzero(inside.any(axis=tuple(other for other in range(3) if other != axis)))[[0, -1]] for axis in range(3)]
-    low = np.ceil(grid.to_volume(np.array([end[0] - 1 for end in ends]))).astype(int)
-    high = np.floor(grid.to_volume(np.array([end[1] + 1 for end in ends]))).astype(int) + 1
-    first, second, third = (slice(max(0, int(a)), max(0, int(b))) for a, b in zip(low, high, strict=True))
-    return _common((first, second, third), grid.window(shape))
+    first, last = extent(inside)
+    low, high = np.ceil(grid.to_volume(first - 1)).astype(int), np.floor(grid.to_volume(last + 1)).astype(int) + 1
+    x, y, z = (slice(max(0, int(a)), max(0, int(b))) for a, b in zip(low, high, strict=True))
+    return _common((x, y, z), grid.window(shape))
 
 
 def _common(one: Window, other: Window) -> Window:

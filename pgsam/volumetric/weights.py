@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pgsam.errors import UserError
-from pgsam.sam.weights import read_torch, resize_positions
+from pgsam.sam.weights import read_torch, require_tensors, resize_positions
 from pgsam.volumetric.model import VolumetricSam
 
 STATE_KEY = "model_state_dict"
@@ -73,21 +73,6 @@ def our_name(key: str) -> str:
     return key
 
 
-def m_sam_name(key: str) -> str:
-    """The name in M-SAM's file of a tensor of `VolumetricSam`; `our_name` undoes it."""
-    if key.startswith("adapter."):
-        return _M_SAM_ADAPTER + key.removeprefix("adapter.")
-    if ".attn.qkv." in key:
-        stem, rest = key.split(".attn.qkv.")
-        if rest.startswith("lora_"):
-            factor, part = rest.removeprefix("lora_").split(".")
-            rest = f"linear_{factor}_{part}.weight"
-        else:
-            rest = f"qkv.{rest}"
-        key = f"{stem}.attn.qkv.{rest}"
-    return _M_SAM_PREFIX + key
-
-
 def _point_embeddings(state: Mapping[str, Tensor]) -> int:
     return sum(key.startswith("prompt_encoder.point_embeddings.") for key in state)
 
@@ -99,17 +84,8 @@ def fill(model: VolumetricSam, state: Mapping[str, Tensor], source: str, *, new:
         UserError: a tensor is absent, unknown, or of another shape; the first five are named.
     """
     target = model.state_dict()
-    problems = {
-        "absent": [key for key in target if key not in state and not any(part in key for part in new)],
-        "unknown": [key for key in state if key not in target],
-        "of another shape": [key for key, value in state.items() if key in target and target[key].shape != value.shape],
-    }
-    for problem, keys in problems.items():
-        if keys:
-            raise UserError(
-                f"{source}: expected the {len(target)} tensors of this model, {len(keys)} are {problem}: {', '.join(keys[:5])}; give the "
-                "settings that the file was made with"
-            )
+    wanted = {key: value for key, value in target.items() if key in state or not any(part in key for part in new)}
+    require_tensors(state, wanted, source, f"the {len(target)} tensors of this model", "give the settings that the file was made with")
     model.load_state_dict(dict(state), strict=False)  # every tensor is accounted for
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pgsam.metrics import class_metrics, summarise
+from pgsam.metrics import class_metrics
 from pgsam.overlay import WorstSlices
+from pgsam.protocols import summarise
 
 HOSTILE_ORGAN = """<script>document.title="owned"</script> & "left" 'x'"""
 HOSTILE_CASE = """case"><img src=x onerror="document.title='owned'">"""

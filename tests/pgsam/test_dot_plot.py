@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pgsam.dot_plot import Dots, Panel, axis_of, dot_plot
+from pgsam.dot_plot import Dots, Panel, axis_of, dot_plot, ticks_of
 
 RED, GREY = (200, 40, 40), (120, 120, 120)
 
@@ -41,3 +41,20 @@ def test_what_is_faint_is_grey_or_a_number_at_the_edge() -> None:
         assert not columns_of(picture, RED, i).size
         assert not columns_of(picture, GREY, i).size
     assert picture.size[1] == 90 + 30 * 4 + 20
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "written"),
+    [
+        (52.6, 83.9, ["60", "70", "80"]),
+        (6.4, 24.0, ["10", "15", "20"]),
+        (0.0, 1.0, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (-0.04, 0.04, ["-0.04", "-0.02", "0.00", "0.02", "0.04"]),
+        (2.9994, 3.0006, ["2.9995", "3.0000", "3.0005"]),
+        (0, 1000, ["0", "200", "400", "600", "800", "1000"]),
+    ],
+)
+def test_an_axis_is_marked_at_round_numbers(low: float, high: float, written: list[str]) -> None:
+    ticks = ticks_of(low, high)
+    assert list(ticks.values()) == written
+    assert list(ticks) == pytest.approx([float(text) for text in written], abs=1e-12)

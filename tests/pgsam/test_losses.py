@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pgsam.losses import SegmentationLoss, alignment_loss, cross_entropy, cross_entropy_and_dice, dice_loss
+from pgsam.losses import SegmentationLoss, alignment_loss, cross_entropy_and_dice
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MONAI's own imports
@@ -21,22 +21,23 @@ def sample(seed=0, batch=3, channels=5, size=(12, 10), dtype=torch.float32):
     return logits, torch.randint(0, channels - 1, (batch, *size), generator=generator)
 
 
+def dice_loss(logits, labels, reduction="batch"):
+    return cross_entropy_and_dice(logits, labels, reduction)[1]
+
+
+def monais_dice_loss(logits, labels, reduction="batch"):
+    smooth = {"smooth_nr": 1e-5, "smooth_dr": 1e-5}
+    loss = DiceLoss(include_background=True, to_onehot_y=True, softmax=True, squared_pred=True, batch=reduction == "batch", **smooth)
+    return loss(logits, labels.unsqueeze(1))
+
+
 @pytest.mark.parametrize("reduction", ["batch", "sample"])
 @pytest.mark.parametrize("channels", [2, 9])
 def test_dice_loss_and_its_gradient_are_monais(reduction, channels):
-    reference = DiceLoss(
-        include_background=True,
-        to_onehot_y=True,
-        softmax=True,
-        squared_pred=True,
-        smooth_nr=1e-5,
-        smooth_dr=1e-5,
-        batch=reduction == "batch",
-    )
     for seed in range(5):
         logits, labels = sample(seed, channels=channels)
         ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-        loss, expected = dice_loss(ours, labels, reduction), reference(theirs, labels.unsqueeze(1))
+        loss, expected = dice_loss(ours, labels, reduction), monais_dice_loss(theirs, labels, reduction)
         torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
         loss.backward()
         expected.backward()
@@ -70,19 +71,6 @@ def test_dice_closed_forms():
     assert float(dice_loss(third, labels)) == pytest.approx(2 / 3 * (1 - 1e-5 / (4 + 1e-5)), abs=1e-12)
 
 
-def test_cross_entropy_is_torchs():
-    logits, labels = sample()
-    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    loss, expected = cross_entropy(ours, labels), functional.cross_entropy(theirs, labels)
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    expected.backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
-    assert float(cross_entropy(torch.zeros(2, 9, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8))) == pytest.approx(math.log(9))
-    with pytest.raises(IndexError):
-        cross_entropy(logits, labels + 1000)
-
-
 @pytest.mark.parametrize("weight", [0.0, 0.8, 1.0])
 def test_segmentation_loss_low(weight):
     logits, labels = sample()
@@ -90,7 +78,7 @@ def test_segmentation_loss_low(weight):
     total, parts = SegmentationLoss(weight)({"low_res_logits": logits, "masks": full}, labels)  # full size is not read
     assert set(parts) == {"ce", "dice"}
     torch.testing.assert_close(parts["ce"], functional.cross_entropy(logits, labels))
-    torch.testing.assert_close(parts["dice"], dice_loss(logits, labels))
+    torch.testing.assert_close(parts["dice"], monais_dice_loss(logits, labels))
     torch.testing.assert_close(total, (1 - weight) * parts["ce"] + weight * parts["dice"])
 
 
@@ -131,11 +119,10 @@ def test_half_precision_logits_are_summed_in_float32(dtype):
 def test_wrong_arguments_are_refused():
     logits, labels = sample()
     for wrong in (labels[:2], labels.unsqueeze(1), labels.float(), labels > 0):
-        for loss in (dice_loss, cross_entropy):
-            with pytest.raises(ValueError, match="labels"):
-                loss(logits, wrong)
+        with pytest.raises(ValueError, match="labels"):
+            cross_entropy_and_dice(logits, wrong)
     with pytest.raises(ValueError, match="reduction"):
-        dice_loss(logits, labels, "mean")
+        cross_entropy_and_dice(logits, labels, "mean")
     with pytest.raises(ValueError, match="dice_weight"):
         SegmentationLoss(1.5)
     with pytest.raises(ValueError, match="resolution"):
@@ -149,14 +136,14 @@ def test_wrong_arguments_are_refused():
 
 @pytest.mark.parametrize("labels", ["random", "first channel", "last channel"])
 @pytest.mark.parametrize("which", [0, 1])
-def test_both_at_once_are_torchs_cross_entropy_and_the_dice_loss(labels, which):
+def test_both_at_once_are_torchs_cross_entropy_and_monais_dice_loss(labels, which):
     """Values and gradients; labels of one class leave every other channel without a reference."""
     logits, reference = sample(dtype=torch.float64)
     if labels != "random":
         reference = torch.full_like(reference, 0 if labels == "first channel" else logits.shape[1] - 1)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     found = cross_entropy_and_dice(ours, reference)[which]
-    expected = (functional.cross_entropy, dice_loss)[which](theirs, reference)
+    expected = (functional.cross_entropy, monais_dice_loss)[which](theirs, reference)
     torch.testing.assert_close(found, expected)
     found.backward()
     expected.backward()
@@ -177,7 +164,7 @@ def test_both_at_once_in_half_precision_are_those_of_the_rounded_logits(dtype):
         ce, dice = cross_entropy_and_dice(rounded, labels_of)
         assert ce.dtype == dice.dtype == torch.float32
         torch.testing.assert_close(ce, functional.cross_entropy(rounded.float(), labels_of))
-        torch.testing.assert_close(dice, dice_loss(rounded.float(), labels_of))
+        torch.testing.assert_close(dice, monais_dice_loss(rounded.double(), labels_of).float())
 
 
 def test_both_at_once_stay_finite_on_sure_logits():
@@ -190,13 +177,10 @@ def test_both_at_once_stay_finite_on_sure_logits():
     torch.testing.assert_close(gradient.flatten(), torch.tensor([-1.0, 1.0]))
 
 
-def test_both_at_once_take_any_integer_and_refuse_what_does_not_fit():
+def test_both_at_once_take_any_integer():
     logits, labels = sample()
     for dtype in (torch.uint8, torch.int32):
         torch.testing.assert_close(cross_entropy_and_dice(logits, labels.to(dtype)), cross_entropy_and_dice(logits, labels))
-    for wrong in (labels[:2], labels.unsqueeze(1), labels.float(), labels > 0):
-        with pytest.raises(ValueError, match="labels"):
-            cross_entropy_and_dice(logits, wrong)
 
 
 # --- PG-SAM's own terms -------------------------------------------------------------------------------------------------------------------
@@ -253,7 +237,7 @@ def test_segmentation_loss_adds_the_weighted_terms():
     total, parts = SegmentationLoss(0.7, alignment_weight=0.3, deep_weight=0.4)(outputs, labels)
     assert set(parts) == {"ce", "dice", "alignment", "deep"}
     torch.testing.assert_close(parts["alignment"], alignment_loss(outputs["alignment_logits"], labels).detach())
-    earlier = [0.3 * functional.cross_entropy(step, labels) + 0.7 * dice_loss(step, labels) for step in steps[:-1]]
+    earlier = [0.3 * functional.cross_entropy(step, labels) + 0.7 * monais_dice_loss(step, labels) for step in steps[:-1]]
     torch.testing.assert_close(parts["deep"], torch.stack(earlier).mean().detach())
     torch.testing.assert_close(parts["ce"], functional.cross_entropy(steps[-1], labels).detach())
     torch.testing.assert_close(total, plain(outputs, labels)[0] + 0.3 * parts["alignment"] + 0.4 * parts["deep"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pgsam.engine import evaluate
+from pgsam.engine import pictures
 from pgsam.models.card import ModelCard
 from pgsam.overlay import WorstSlices, contours, for_display, heat, pictures_for_display
 
@@ -70,9 +70,9 @@ def test_similarity_maps_are_asked_for_in_colour(monkeypatch: pytest.MonkeyPatch
         seen.append(slices)
         return np.linspace(0, 1, 2 * 8 * 6).reshape(2, 1, 8, 6)
 
-    monkeypatch.setattr(evaluate, "similarity_maps", maps_of)
+    monkeypatch.setattr(pictures, "similarity_maps", maps_of)
     slices = image((2, 8, 6, 3))
     card = ModelCard("pg_sam", "vit_tiny", 64, 64, ("lesion",), image_kind="rgb", window=None)
-    ((first, _),) = evaluate.similarity_rows(None, slices, card, "LPS")  # type: ignore[arg-type]
+    ((first, _),) = pictures.similarity_rows(None, slices, card, "LPS")  # type: ignore[arg-type]
     np.testing.assert_array_equal(seen[0], np.moveaxis(slices, -1, 1))
     np.testing.assert_array_equal(first[0, 0], np.round(255 * slices[0, 0, 0]))  # no veil at the mean of the maps and below

@@ -9,7 +9,7 @@ from pgsam.engine.predict import segment_slices
 from pgsam.losses import SegmentationLoss
 from pgsam.models.pg_sam import PGSam, expected_iou, replace_reports
 from pgsam.models.samed import SAMED
-from pgsam.prior.reports import builtin_reports
+from pgsam.prior.organ_reports import builtin_reports
 from pgsam.tuning.trainable import trainable_count
 
 ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")

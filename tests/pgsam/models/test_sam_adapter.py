@@ -1,6 +1,5 @@
 """The module `sam_adapter`, and adapters in `pg_sam` and `sam_promptable`: what is trained, what is stored, and neighbouring slices in inference."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,13 @@ from datasets.layout import DataFolder
 from datasets.slices import SliceDataset
 from pgsam import build_model, load_model
 from pgsam.engine.checkpoint import save_release, start_from
+from pgsam.engine.determinism import seed_everything
 from pgsam.engine.distributed import World
 from pgsam.engine.oneshot import read_backbone
 from pgsam.engine.predict import default_batch_size, segment_slices
+from pgsam.engine.recipe import Recipe
 from pgsam.engine.run_folder import RunFolder
-from pgsam.engine.train import Recipe, Trainer, seed_everything
+from pgsam.engine.train import Trainer
 from pgsam.errors import UserError
 from pgsam.models.card import ModelCard
 from pgsam.resample import resize_cubic, resize_nearest
@@ -197,16 +198,6 @@ def test_one_shot_methods_take_its_encoder_as_it_was_trained(sam_file: Path, tmp
 # --- training -------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _unchanged_torch() -> Iterator[None]:
-    """Training chooses kernels for the whole process; later tests must not notice."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-
-
-@pytest.mark.usefixtures("_unchanged_torch")
 @pytest.mark.parametrize("depth_slices", [1, 5])
 def test_two_steps_move_adapters_and_the_mask_decoder(depth_slices: int, tmp_path: Path) -> None:
     """All of them but SAM's IoU head, which no loss of classes asks; from zero, the first step moves the last layers only and the second all."""

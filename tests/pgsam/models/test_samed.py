@@ -107,6 +107,21 @@ def test_what_a_published_file_says_of_itself(synthetic: ModuleType) -> None:
     assert (info.module, info.vit_name, info.rank, info.num_classes, info.lora_layers) == (SAMED_S, "vit_l", 6, 3, 24)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"w_a_000": torch.zeros(4)}, r"found w_a_000 \[4\] and mask tokens \[9, 256\]"),
+        ({"w_a_000": torch.zeros(800, 768)}, r"found w_a_000 \[800, 768\]"),  # a rank above the width
+        ({"mask_decoder.mask_tokens.weight": torch.tensor(1.0)}, r"mask tokens \[\]"),
+        ({"w_a_000": torch.zeros(4, 100)}, "expected LoRA factors of width 768, 1024, 1280, 160, found 100"),
+    ],
+)
+def test_factors_that_cannot_be_are_refused(tensors: dict, words: str) -> None:
+    whole = {"w_a_000": torch.zeros(4, 768), "mask_decoder.mask_tokens.weight": torch.zeros(9, 256)}
+    with pytest.raises(UserError, match=rf"^file: .*{words}"):
+        describe_samed_state(whole | tensors, "file")
+
+
 @pytest.mark.parametrize("module", [SAMED, SAMED_S])
 def test_trainable_parameters_are_the_published_number(module: str) -> None:
     with torch.device("meta"):

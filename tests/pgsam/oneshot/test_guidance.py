@@ -82,7 +82,7 @@ def test_the_hint_points_at_the_object_and_as_released_beside_it() -> None:
     similarity = torch.zeros(64, 64)
     similarity[35:38, 20:23] = 1  # three quarters down an image of 48 rows
     assert divmod(int(attention_bias(similarity, WIDE)[:, 21].argmax()), 64)[1] in (35, 36, 37)
-    released = attention_bias(similarity, WIDE, "stretched")
+    released = attention_bias(similarity, WIDE, "released")
     centre = (released - released.min())[:, 21] @ torch.arange(64.0) / (released - released.min())[:, 21].sum()
     assert 47.5 <= centre <= 48.7  # 12 rows too low: (36 + 0.5) * 64 / 48 - 0.5 = 48.2
 
@@ -91,20 +91,15 @@ def test_without_padding_both_hints_agree_on_a_smooth_map() -> None:
     frame = Frame.longest_side((1024, 1024), 1024)
     rows = torch.linspace(0, 3, 64)
     similarity = rows.sin()[:, None] * rows.cos()
-    torch.testing.assert_close(attention_bias(similarity, frame), attention_bias(similarity, frame, "stretched"), atol=0.02, rtol=0)
+    torch.testing.assert_close(attention_bias(similarity, frame), attention_bias(similarity, frame, "released"), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("align", ["padded", "stretched"])
-def test_a_map_without_any_difference_hints_at_nothing(align: str) -> None:
+@pytest.mark.parametrize("compat", ["fixed", "released"])
+def test_a_map_without_any_difference_hints_at_nothing(compat: str) -> None:
     for shape in ((300, 400), (1, 1)):
         frame = Frame.longest_side(shape, 1024)
-        bias = attention_bias(torch.full((64, 64), 0.3), frame, align)
+        bias = attention_bias(torch.full((64, 64), 0.3), frame, compat)
         torch.testing.assert_close(bias[frame.valid_tokens()], torch.full((int(frame.valid_tokens().sum()),), 0.5), atol=1e-3, rtol=0)
-
-
-def test_an_alignment_there_is_not_is_refused() -> None:
-    with pytest.raises(ValueError, match="align is one of padded, stretched, not 'pad'"):
-        attention_bias(torch.zeros(64, 64), WIDE, "pad")
 
 
 def test_the_semantic_token_is_the_mean_as_it_is() -> None:

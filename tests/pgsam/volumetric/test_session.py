@@ -589,7 +589,6 @@ def test_a_resumed_session_answers_as_the_session_itself(tmp_path: Path, noise: 
     assert resumed.warnings == session.warnings
     assert (resumed.recipe, resumed.point_memory, resumed.max_crops) == (session.recipe, memory, 2)
     encoded = []
-    model.register_forward_pre_hook(lambda *_: None)
     model.image_encoder.register_forward_hook(lambda *_: encoded.append(1))
     one, other = session.click((22, 18, 14), frame="voxel"), resumed.click((22, 18, 14), frame="voxel")
     assert np.array_equal(one, other)

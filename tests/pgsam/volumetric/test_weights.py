@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pgsam.errors import UserError
 from pgsam.volumetric.model import VolumetricSam, build_volumetric
-from pgsam.volumetric.weights import VolumeFile, fill, inflate_sam, m_sam_name, our_name, read_volume_file
+from pgsam.volumetric.weights import VolumeFile, fill, inflate_sam, our_name, read_volume_file
+from tests.pgsam.volumetric.layouts import m_sam_layout
 
 NANO = "nano3d_32"
 
@@ -71,35 +72,21 @@ def test_sammed3ds_layouts(tmp_path: Path, layout: Callable[[Mapping[str, Tensor
     check_same(file, expected)
 
 
-def msam_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """M-SAM's names, by the description of its files (spec m_sam 1.7)."""
-    renamed = {}
-    for name, value in state.items():
-        if name.startswith("adapter."):
-            renamed[f"bidatt.{name[len('adapter.') :]}"] = value
-            continue
-        stem, _, leaf = name.rpartition(".attn.qkv.")
-        words = {"weight": "qkv.weight", "bias": "qkv.bias"} | {f"lora_{f}.{p}": f"linear_{f}_{p}.weight" for f in "ab" for p in "qv"}
-        renamed[f"lora_sam.sam.{stem}.attn.qkv.{words[leaf]}" if stem else f"lora_sam.sam.{name}"] = value
-    return renamed
-
-
 @pytest.mark.parametrize(("rank", "blocks"), [(4, 1), (2, 3)])
 def test_m_sams_layout(tmp_path: Path, rank: int, blocks: int) -> None:
     expected = model(rank=rank, adapter_blocks=blocks)
-    torch.save(as_trained(msam_layout(expected.state_dict())), tmp_path / "msam.pth")
+    torch.save(as_trained(m_sam_layout(expected.state_dict())), tmp_path / "msam.pth")
     file = read_volume_file(tmp_path / "msam.pth")
     assert file.kind == "M-SAM"
     assert (file.settings["rank"], file.settings["adapter_blocks"], file.settings["gate"]) == (rank, blocks, None)
     check_same(file, expected)
 
 
-def test_names_at_full_size_go_to_m_sams_and_back() -> None:
+def test_m_sams_names_at_full_size_are_ours() -> None:
     with torch.device("meta"):
         names = list(build_volumetric(gate=None, compat="sammed3d", point_embeddings=2).state_dict())
-    theirs = [m_sam_name(name) for name in names]
+    theirs = list(m_sam_layout(dict.fromkeys(names, torch.zeros(1))))
     assert len(set(theirs)) == 461
-    assert theirs == list(msam_layout(dict.fromkeys(names, torch.zeros(1))))
     assert [our_name(name) for name in theirs] == names
     assert "lora_sam.sam.image_encoder.blocks.11.attn.qkv.linear_b_v.weight" in theirs
     assert "lora_sam.sam.image_encoder.blocks.0.attn.qkv.qkv.bias" in theirs
@@ -121,7 +108,7 @@ def damages(folder: Path) -> dict[str, tuple[Any, list[str]]]:
     torch.save({"model_state_dict": sammed3d().state_dict()}, folder / "whole.pth")
     whole = (folder / "whole.pth").read_bytes()
     state = sammed3d().state_dict()
-    lora = msam_layout(model().state_dict())
+    lora = m_sam_layout(model().state_dict())
     return {
         "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", ["git-lfs pointer", "git lfs pull"]),
         "page": (b"<!DOCTYPE html><html>", ["web page"]),

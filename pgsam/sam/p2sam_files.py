@@ -113,7 +113,7 @@ def _update(layer: str, state: Mapping[str, Tensor], path: str | Path) -> Tensor
     rank = up.shape[-1]
     if rank == 0 or down.shape != (parts * rank, weight.shape[1]) or up.shape != (weight.shape[0], rank):
         found = f"lora_A {list(down.shape)} and lora_B {list(up.shape)} beside a weight {list(weight.shape)}"
-        raise UserError(f"{path}: expected the factors of {parts} updates of one rank in {layer}, found {found}")
+        raise UserError(f"{path}: expected the factors of {parts} updates of one rank in {layer}, found {found}; copy or export the file again")
     blocks = zip(up.chunk(parts), down.chunk(parts), strict=True)
     return torch.cat([b @ a for b, a in blocks]) / rank
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pgsam.errors import UserError
 from pgsam.sam.build import build_image_encoder, build_mask_decoder, build_prompt_encoder
-from pgsam.sam.foreign import has_lora, sam_layout, without_lora
+from pgsam.sam.p2sam_files import has_lora, sam_layout, without_lora
 
 DIM, DEPTH = 160, 6  # of vit_tiny
 QKV, PROJ = "image_encoder.blocks.{}.attn.qkv", "image_encoder.blocks.{}.attn.proj"
