@@ -33,7 +33,7 @@ if __package__ in (None, ""):
 from pgsam.errors import Parser, UserError, reports_user_errors
 
 if TYPE_CHECKING:
-    from pgsam.prior.reports import OrganReports
+    from pgsam.prior.organ_reports import OrganReports
 
 OFF = {"aligner": "none", "fusion": "none", "refine_steps": "0"}
 ROWS: dict[str, dict[str, str]] = {
@@ -86,11 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
-    from pgsam.engine.runs import in_parallel
+    from pgsam.engine.runs import in_parallel, split_flags
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args, training = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
+    own, training = split_flags(argv)
+    args = build_parser().parse_args(own)
     check(args, training)
     bank = read_bank(args)
     told = [RIGHT, *(f"held-out: {name}" for name in bank.held_out), DERANGED, EMPTY]
@@ -105,22 +104,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Raises a UserError for flags that cannot be, before anything runs."""
-    taken = {"--root_path", "--output", "--seed", "--module", "--reports", "--class_tokens", *(f"--{name}" for name in OFF)}
-    partial = {"--slice_reports", "--text_dir", "--alignment_weight", "--deep_weight"}  # not every row has the part that reads them
-    both = [flag for flag in training if flag.split("=")[0] in taken | partial]
-    if both:
-        raise UserError(f"{', '.join(both)}: set by each row of the ablation, or not known to each; leave it out behind --")
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: expected at least 1")
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: expected different numbers, none negative")
+    from pgsam.engine.runs import check_runs
+
+    set_here = {"--root_path", "--output", "--seed", "--module", "--reports", "--class_tokens", *(f"--{name}" for name in OFF)}
+    of_some_rows = {"--slice_reports", "--text_dir", "--alignment_weight", "--deep_weight"}  # not every row has the part that reads them
+    refused = [flag for flag in training if flag.split("=")[0] in {*set_here, *of_some_rows, "--config"}]  # a file could hold any of them
+    if refused:
+        raise UserError(f"{', '.join(refused)}: set by each row of the ablation, or not known to each; leave it out behind --")
+    check_runs(args)
     if not args.root_path.is_dir():
         raise UserError(f"{args.root_path}: expected a prepared folder, found none; see preprocess/")
 
 
 def read_bank(args: argparse.Namespace) -> "OrganReports":
     """The organ reports in all their wordings."""
-    from pgsam.prior.reports import builtin_reports, read_organ_reports
+    from pgsam.prior.organ_reports import builtin_reports, read_organ_reports
 
     return builtin_reports() if args.reports is None else read_organ_reports(args.reports)
 
@@ -215,7 +213,8 @@ def write_tables(lines: Sequence[dict[str, Any]], output: Path) -> None:
     for line in lines:
         groups.setdefault((line["row"], line["reports"]), []).append(line)
     text = format_groups(groups)
-    (output / "ablation.txt").write_text(text + "\n", encoding="utf-8")
+    with replacing(output / "ablation.txt") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
     print(text)
     draw(groups, output / "ablation.png")
 

@@ -3,7 +3,7 @@
     python scripts/build_index.py --checkpoint runs/synapse/best.safetensors --root_path data/Synapse --output runs/synapse/index
     python scripts/build_index.py --checkpoint runs/synapse/best.safetensors --root_path data/Synapse --output index --extractor dinov2 --dino DIR
 
-Take the slices of the list that the checkpoint was trained with, all or those that `--list` names (cases, or single slices, one a line). Slices
+Give the slices of the list that the checkpoint was trained with: all, or those that `--list` names (cases, or single slices, one a line). Slices
 without a label are taken too: they tell what emptiness looks like. An index belongs to one checkpoint, unless DINOv2 makes its tokens; then it fits
 every model of the same classes, sizes and kind of image (`hf download facebook/dinov2-base --local-dir DIR`; nothing is downloaded here).
 
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 UNREAD = ("reports", "text_encoder", "slice_reports", "text_dir", "allow_label_reports")  # no text reaches the image encoder
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The flags of this program."""
     from pgsam.engine.flags import add_model_flags
     from pgsam.retrieval.extractor import ENCODER, EXTRACTORS
@@ -127,7 +127,12 @@ def index_folder(
 
     refuse_other_preparation(model, folder)
     card, device = model.card, next(model.parameters()).device
-    sizes = {"num_classes": card.num_classes, "img_size": card.img_size, "input_size": card.input_size, "depth_slices": model.depth_slices}
+    sizes: dict[str, Any] = {
+        "num_classes": card.num_classes,
+        "img_size": card.img_size,
+        "input_size": card.input_size,
+        "depth_slices": model.depth_slices,
+    }
     return build_index(
         output,
         SliceDataset(folder, augment=no_augmentation, **sizes),

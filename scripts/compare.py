@@ -69,9 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args, training = build_parser().parse_args(argv[:cut]), argv[cut + 1 :]
+    from pgsam.engine.runs import split_flags
+
+    words, training = split_flags(argv)
+    args = build_parser().parse_args(words)
     rows = read_rows(args)
     own = read_own_flags(args, [row.method for row in rows if row.is_trained and not row.retrieval])
     common = parse_common(training)
@@ -86,15 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(args: argparse.Namespace, settings: Mapping[str, argparse.Namespace]) -> None:
     """Raises a UserError for flags that cannot be, before anything runs."""
-    from pgsam.engine.compare_runs import RETRIEVAL_PROGRAMS
-    from pgsam.engine.device import REPOSITORY
-    from pgsam.engine.flags import require_at_least
+    from pgsam.engine.runs import check_runs
 
-    require_at_least(args, jobs=1)
+    check_runs(args)
     if args.max_minutes is not None and not args.max_minutes > 0:
         raise UserError(f"--max_minutes {args.max_minutes:g}: expected a positive number")
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: expected different numbers, none negative")
     check_budget(settings)
     if not args.retrieval:
         return
@@ -102,9 +99,6 @@ def check(args: argparse.Namespace, settings: Mapping[str, argparse.Namespace]) 
         raise UserError("--retrieval: its weight is chosen on cases that no row is trained on; name them with --val_list")
     if not settings:
         raise UserError("--retrieval: no method is trained here, so there is nothing to add it to; leave it out")
-    absent = [program for program in RETRIEVAL_PROGRAMS if not (REPOSITORY / program).is_file()]
-    if absent:
-        raise UserError(f"--retrieval: expected {', '.join(absent)} in the checkout, found none; leave it out")
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------------------------------
@@ -198,10 +192,11 @@ def parse_method(flags: Sequence[str], method: str) -> argparse.Namespace:
     import train
     from pgsam.engine.compare_runs import TRAINED
     from pgsam.engine.flags import resolve_ckpt
+    from pgsam.engine.train_flags import resolve
 
     try:
         args = train.build_parser().parse_args(["--module", TRAINED[method], *flags])
-        train.resolve(args)
+        resolve(args)
     except UserError as error:
         raise UserError(f"{method}: {error}") from error
     if args.tune != "full" and resolve_ckpt(args.ckpt, args.vit_name) is None:

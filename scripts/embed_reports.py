@@ -16,7 +16,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pgsam.errors import Parser, UserError, reports_user_errors
-from pgsam.prior.text_encoder import BUILTIN_EMBEDDINGS, BUILTIN_ENCODER
+from pgsam.prior.text_embeddings import BUILTIN_EMBEDDINGS
+from pgsam.prior.text_encoder import BUILTIN_ENCODER
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,8 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
-    from pgsam.prior.reports import builtin_reports, read_organ_reports
-    from pgsam.prior.text_encoder import StoredEmbeddings, load_text_encoder, text_hash, write_embeddings
+    from pgsam.prior.organ_reports import builtin_reports, read_organ_reports
+    from pgsam.prior.text_embeddings import StoredEmbeddings, text_hash, write_embeddings
+    from pgsam.prior.text_encoder import load_text_encoder
 
     args = build_parser().parse_args(argv)
     if args.output is None and (args.reports is not None or args.text_encoder != BUILTIN_ENCODER):

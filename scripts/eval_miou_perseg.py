@@ -5,8 +5,7 @@
 Both hold `<object>/NN.png`; they are paired by name, grey above 0 (in colour, red above 0) is the object, and the image called `--ref-idx` is
 left out. A mask without a prediction is an error, and so is a picture among the predictions that belongs to no mask. Per object, intersections and
 unions are summed over its images; mIoU, mAcc and bIoU (boundary IoU, 2 % of the diagonal) are means over objects, as published. The mean over images
-and the pooled values stand beside them. `--output FILE.json` writes all of them down;
-it takes the place of an earlier evaluation and of nothing else.
+and the pooled values stand beside them. `--output FILE.json` writes all of them down, in the place of an earlier evaluation and of nothing else.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python scripts/export_sam.py --checkpoint runs/promptable/run/final.safetensors --output start.pth
 
-LoRA is worked into the weights. What reads the file takes images as Meta's files want them.
+LoRA is worked into the weights; a model tuned by adapters has no such form. What reads the file takes images as Meta's files want them.
 """
 
 import argparse
@@ -13,16 +13,14 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pgsam.errors import Parser, UserError, reports_user_errors
+from pgsam.errors import UserError, reports_user_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this program."""
-    parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="release file of --module sam_promptable")
-    parser.add_argument("--ckpt", help="official SAM file it was trained on (default checkpoints/<Meta's name>), if it needs one")
-    parser.add_argument("--output", type=Path, required=True, help=".pth to write")
-    return parser
+    from pgsam.engine.export import export_parser
+
+    return export_parser(__doc__, source="release file of --module sam_promptable")
 
 
 @reports_user_errors
@@ -30,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
     import torch
 
-    from pgsam.engine.checkpoint import load_model, read_card
-    from pgsam.engine.flags import resolve_ckpt
+    from pgsam.engine.checkpoint import read_card
+    from pgsam.engine.export import open_export
     from pgsam.models.promptable import SAM_PROMPTABLE
     from pgsam.tuning.lora import lora_layers
     from pgsam.volume_io import replacing
@@ -40,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     card = read_card(args.checkpoint)
     if card.module != SAM_PROMPTABLE:
         raise UserError(f"{args.checkpoint}: expected a file of --module {SAM_PROMPTABLE}, which has all of SAM's parts, found {card.module}")
-    if args.output.exists():
-        raise UserError(f"{args.output}: exists; give another --output or remove it")
-    model = load_model(args.checkpoint, ckpt=resolve_ckpt(args.ckpt, card.vit_name) if card.sam_sha256 else None, device="cpu", verbose=False)
+    if card.options.get("tune") == "adapter":
+        raise UserError(f"{args.checkpoint}: expected a model tuned by LoRA or in full, found adapters, for which Meta's layout has no place")
+    model = open_export(args.checkpoint, card, ckpt=args.ckpt, output=args.output)
     state = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
     state |= {f"{name}.weight": (layer.weight + layer.delta()).detach() for name, layer in lora_layers(model).items()}
     with replacing(args.output) as temporary:

@@ -13,23 +13,21 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pgsam.errors import Parser, UserError, reports_user_errors
+from pgsam.errors import UserError, reports_user_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this program."""
-    parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="release file of ours")
-    parser.add_argument("--ckpt", help="official SAM file it was trained on (default checkpoints/<Meta's name>)")
-    parser.add_argument("--output", type=Path, required=True, help=".pth to write")
-    return parser
+    from pgsam.engine.export import export_parser
+
+    return export_parser(__doc__, source="release file of SAMed or SAMed_s")
 
 
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
-    from pgsam.engine.checkpoint import load_model, read_card
-    from pgsam.engine.flags import resolve_ckpt
+    from pgsam.engine.checkpoint import read_card
+    from pgsam.engine.export import open_export
     from pgsam.models.samed import SAMED, SAMED_S, save_samed
 
     args = build_parser().parse_args(argv)
@@ -40,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if "rag" in card.options:
         raise UserError(f"{args.checkpoint}: has a memory, which SAMed's layout has no place for; export the checkpoint that it was trained on")
-    if args.output.exists():
-        raise UserError(f"{args.output}: exists; give another --output or remove it")
-    model = load_model(args.checkpoint, ckpt=resolve_ckpt(args.ckpt, card.vit_name) if card.sam_sha256 else None, device="cpu")
+    model = open_export(args.checkpoint, card, ckpt=args.ckpt, output=args.output)
     save_samed(args.output, model)
     print(f"{args.output}: SAMed's layout, img_size {card.img_size}, input_size {card.input_size}, {card.num_classes} classes, rank {card.rank}")
     return 0

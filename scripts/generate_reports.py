@@ -20,9 +20,7 @@ after all retries, which are never written; 130: interrupted.
 import argparse
 import datetime
 import functools
-import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -186,10 +184,10 @@ def organ_jobs(args: argparse.Namespace) -> tuple[list[Job], str]:
     """A job for every organ and wording (key `liver/long`), and the prompt before anything is put in."""
     from datasets.labels import DATASETS
     from pgsam.prior.generate import WORDINGS, fill_prompt, read_prompt
-    from pgsam.prior.reports import normalise_name
+    from pgsam.prior.organ_reports import normalise_name
 
     template = read_prompt(args.prompt_file or PROMPTS / "organ_report.txt", ("organ", "modality", "wording"))
-    names = args.organs if args.organs is not None else DATASETS[args.dataset].label_map.class_names
+    names = args.organs if args.organs is not None else DATASETS[args.dataset].class_names
     organs = list(dict.fromkeys(normalise_name(name) for name in names))
     if not all(organs):
         raise UserError("--organs: expected names, found an empty one")
@@ -251,11 +249,11 @@ def volume_pictures(args: argparse.Namespace) -> dict[str, Callable[[], np.ndarr
 def scan_pictures(args: argparse.Namespace) -> dict[str, Callable[[], np.ndarray]]:
     """All axial slices of a scan in Hounsfield units, as `<name>_slice<ddd>`, counted along the axis that the orientation puts first."""
     from pgsam.volume import BTCV_ORIENTATION, reorient, scale_intensity
-    from pgsam.volume_io import read_volume
+    from pgsam.volume_io import read_volume, stem_of
 
     orientation = axial(args.orientation or BTCV_ORIENTATION)
     image = scale_intensity(reorient(read_volume(args.input), orientation).array, "ct_window", tuple(args.window) if args.window else None)
-    name = re.sub(r"\.nii(\.gz)?$", "", args.input.name, flags=re.IGNORECASE)
+    name = stem_of(args.input)
     return {f"{name}_slice{i:03d}": functools.partial(upright, image[i], orientation) for i in range(len(image))}
 
 
@@ -302,7 +300,7 @@ class OrganStore:
     """The JSON file of organ reports; it is written anew, whole, after every report."""
 
     def __init__(self, path: Path, template: str) -> None:
-        from pgsam.prior.reports import read_organ_reports
+        from pgsam.prior.organ_reports import read_organ_reports
 
         self._path, self._template = path, template
         self._held_out: tuple[str, ...] = ()
@@ -317,23 +315,14 @@ class OrganStore:
         return {f"{organ}/{wording}" for organ, wordings in self._organs.items() for wording in wordings}
 
     def save(self, job: Job, generator: str, text: str) -> None:
-        """Adds a report; each entry names what differs from the file's provenance."""
-        from pgsam.prior.reports import Provenance, Report
-        from pgsam.volume_io import replacing
+        """Adds a report."""
+        from pgsam.prior.organ_reports import OrganReports, write_organ_reports
+        from pgsam.prior.provenance import Provenance, Report
 
         organ, _, wording = job.key.rpartition("/")
         self._organs.setdefault(organ, {})[wording] = Report(text, Provenance(generator, job.prompt, today(), False))
-        file_wide = {"generator": generator, "prompt": self._template, "created": today(), "saw_labels": False}
-        organs = {
-            organ: {
-                wording: {"text": report.text, **{k: v for k, v in vars(report.provenance).items() if file_wide[k] != v}}
-                for wording, report in wordings.items()
-            }
-            for organ, wordings in self._organs.items()
-        }
-        content = {"format": 1, "kind": "organ reports", "provenance": file_wide, "held_out": list(self._held_out), "organs": organs}
-        with replacing(self._path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        reports = OrganReports(str(self._path), self._organs, self._held_out)
+        write_organ_reports(self._path, reports, Provenance(generator, self._template, today(), False))
 
 
 class SliceStore:
@@ -344,13 +333,14 @@ class SliceStore:
 
     def keys(self) -> set[str]:
         """What need not be asked again."""
-        from pgsam.prior.reports import read_slice_reports
+        from pgsam.prior.slice_reports import read_slice_reports
 
         return set(read_slice_reports(self._path).reports) if self._path.exists() else set()
 
     def save(self, job: Job, generator: str, text: str) -> None:
         """Adds a report."""
-        from pgsam.prior.reports import Provenance, Report, append_slice_report
+        from pgsam.prior.provenance import Provenance, Report
+        from pgsam.prior.slice_reports import append_slice_report
 
         append_slice_report(self._path, job.key, Report(text, Provenance(generator, job.prompt, today(), False)))
 

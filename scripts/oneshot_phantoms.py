@@ -123,6 +123,8 @@ def choose_organs(asked: str | None, folder: "DataFolder", card: "ModelCard") ->
 
 def choose_reference(asked: str | None, folder: "DataFolder") -> str:
     """The case of the labelled slices; a UserError if there is none such."""
+    if len(folder.names) < 2:
+        raise UserError(f"{folder.list_file}: expected a case for the labelled slices and others to segment, found one case; list more")
     if asked is not None and asked not in folder.names:
         raise UserError(
             f"--reference {asked}: expected a case of {folder.list_file}, found none of that name; its cases are {', '.join(folder.names)}"
@@ -153,11 +155,13 @@ def segment_all(
         images, labels = as_seen(folder, case, classes, card)
         for number in range(0, len(images), args.every):
             present = {organ: labels[number] == value for organ, value in organs.items() if (labels[number] == value).any()}
-            embedding = backbone.encode(images[number]) if present else None
+            if not present:
+                continue
+            embedding = backbone.encode(images[number])
             for organ, truth in present.items():
                 for row, (name, options) in rows.items():
-                    told = {"reference_mask": truth} if name == "direct" and "prompt" in options else {}
-                    result: Any = methods[row, organ].predict(embedding, **told)  # type: ignore[arg-type]
+                    told = {"true_mask": truth} if name == "direct" and "prompt" in options else {}
+                    result: Any = methods[row, organ].predict(embedding, **told)
                     yield line_of(row, organ, case, number, result, truth)
         print(f"{case}: done", flush=True)
 

@@ -27,8 +27,6 @@ Exit code: 0, or 2 after an error. Not a medical device.
 import argparse
 import functools
 import json
-import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,22 +38,13 @@ if __package__ in (None, ""):
 
 from pgsam.errors import Parser, UserError, reports_user_errors
 
-STATE = ".safetensors"
-# Flags of one kind of input or method only; None, False and () are not given.
-OF_SCANS = ("axis", "slices", "match", "propagate", "propagate_below", "modality", "window", "series")
-OF_PICTURES = ("instances", "one_object")
-OF_P2SAM_FITS = (
-    *("min_num_pos", "max_num_pos", "min_num_neg", "max_num_neg", "policy", "transport", "max_tokens"),
-    *("save_reference", "propagate", "propagate_below"),
-)
-OF_P2SAM = (*OF_P2SAM_FITS, "instances", "max_distance")
-OF_A_FIT = ("mask", "slices", "match", "label_map", "one_object", "compat", *OF_P2SAM_FITS)
 CKPT = Path("checkpoints") / "sam_vit_b_01ec64.pth"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this program."""
     from pgsam.engine.oneshot import add_backbone_flags
+    from pgsam.engine.oneshot_flags import STATE, number
     from pgsam.engine.oneshot_scan import AXES, MATCHES
     from pgsam.oneshot import METHODS
     from pgsam.oneshot.cascade import POLICIES
@@ -117,15 +106,16 @@ def build_parser() -> argparse.ArgumentParser:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
+    from pgsam.engine.infer import find_inputs
+    from pgsam.engine.oneshot_files import segment_all
+    from pgsam.engine.oneshot_flags import OF_PICTURES, OF_SCANS, check_references, check_save_reference, method_options, refuse
+    from pgsam.volume_io import is_picture
+
     parser = build_parser()
     args = parser.parse_args(argv, argparse.Namespace(seed=None))  # so that it is seen whether --seed is given
     saved, scans = check_references(args)
     args.seed = parser.get_default("seed") if args.seed is None else args.seed
     options = method_options(args)
-    from pgsam.engine.infer import find_inputs
-    from pgsam.engine.oneshot_files import segment_all
-    from pgsam.volume_io import is_picture
-
     inputs = find_inputs(args.input, args.series)
     pictures = [path for path in inputs.values() if is_picture(path)]
     scans = not pictures if saved else scans
@@ -144,153 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{result.name}: {shown} of {len(result.rows)} found, {refused} refused or empty; {result.seconds:.1f} s")
     print(f"{args.output}: labels, pictures, results.csv, run.json")
     return 0
-
-
-# --- flags --------------------------------------------------------------------------------------------------------------------------------
-
-
-def number(text: str, *, endless: bool = False) -> float:
-    """A flag's number; never nan, and infinite only where that means something."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if math.isnan(value) or (math.isinf(value) and not endless):
-        raise argparse.ArgumentTypeError(f"expected a {'' if endless else 'finite '}number, found {text!r}")
-    return value
-
-
-def given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    """Those of the flags `names` that stand on the command line, as they are written there."""
-    return [f"--{name}" for name in names if getattr(args, name) is not None and getattr(args, name) is not False]  # 0 is given
-
-
-def refuse(args: argparse.Namespace, names: Sequence[str], of: str, found: str) -> None:
-    """Raises a UserError for a flag of `names` that would change nothing."""
-    if idle := given(args, names):
-        raise UserError(f"{', '.join(idle)}: about {of}, found {found}; leave {'it' if len(idle) == 1 else 'them'} out")
-
-
-def check_references(args: argparse.Namespace) -> tuple[bool, bool]:
-    """Whether the references are saved ones, and whether they are scans.
-
-    Raises:
-        UserError: they are of several kinds, a mask is missing or too many, or a flag is about another kind.
-    """
-    from pgsam.volume_io import is_picture
-
-    states = [path for path in args.reference if path.suffix == STATE]
-    if states:
-        if len(states) < len(args.reference):
-            raise UserError(f"--reference {states[0]}: expected saved references or images, found both; give one kind")
-        random_start = args.ckpt is not None and args.ckpt.lower() == "none"
-        flags = (*OF_A_FIT, *(() if random_start else ("seed",)))
-        refuse(args, flags, "how a reference and its mask are fitted", f"{states[0].name}, which was fitted already and keeps its settings")
-        if args.vis:
-            raise UserError("--vis: shows the reference, and a saved one holds no image; leave it out, or give --reference and --mask")
-        if args.method != "p2sam":
-            raise UserError(f"--method {args.method}: saved references are P2SAM's; leave it out")
-        if args.labels is not None and (
-            len(args.labels) != len(states) or len(set(args.labels)) < len(states) or not 1 <= min(args.labels) <= max(args.labels) <= 255
-        ):
-            raise UserError(f"--labels: expected a number of its own from 1 to 255 for each of {len(states)} saved references, found {args.labels}")
-        return True, False
-    if args.mask is None or len(args.mask) != len(args.reference):
-        found = 0 if args.mask is None else len(args.mask)
-        raise UserError(f"--mask: expected one mask for each of {len(args.reference)} reference(s), found {found}; give them in the same order")
-    pictures = [is_picture(path) for path in args.reference]
-    if not all(pictures) and len(pictures) > 1:
-        raise UserError(f"--reference: expected pictures, or one scan, found {len(pictures)} files, scans among them; give one scan")
-    return False, not pictures[0]
-
-
-def method_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `build_method` gets.
-
-    Raises:
-        UserError: a flag is of another method, or a number is impossible.
-    """
-    from pgsam.engine.flags import require_at_least
-
-    numbers = {name: getattr(args, name) for name in ("min_num_pos", "max_num_pos", "min_num_neg", "max_num_neg")}
-    if args.method != "p2sam":
-        refuse(args, OF_P2SAM, "--method p2sam", f"--method {args.method}")
-    if args.method == "direct":
-        refuse(args, ("min_similarity", "compat"), "methods that look at the reference", "--method direct")
-        return {}
-    options: dict[str, Any] = {"compat": args.compat or "fixed", "min_similarity": args.min_similarity}
-    if args.method != "p2sam":
-        return options
-    require_at_least(args, min_num_pos=1, max_num_pos=1, min_num_neg=0, max_num_neg=0, instances=1, max_tokens=1)
-    for name in ("max_distance", "propagate_below"):
-        require_at_least(args, **{name: 0.0})
-    limits = {}
-    for kind, usual in (("pos", 5), ("neg", 1)):
-        low, high = numbers[f"min_num_{kind}"], numbers[f"max_num_{kind}"]
-        low, high = low if low is not None else min(1, high if high is not None else 1), high if high is not None else max(usual, low or 0)
-        if low > high:
-            raise UserError(f"--min-num-{kind} {low}: expected at most --max-num-{kind}, which is {high}")
-        limits[kind] = (low, high)
-    policy = args.policy or "natural"
-    if policy == "natural" and limits["neg"][1] > 1:
-        raise UserError(f"--max-num-neg {limits['neg'][1]}: the natural policy has one negative point at most; give --policy medical")
-    if (args.instances or 1) > 255:
-        raise UserError(f"--instances {args.instances}: expected at most 255, as many as labels there are")
-    check_propagation(args)
-    measure = {"max_distance": args.max_distance, "max_tokens": args.max_tokens, "transport": args.transport or "exact"}
-    return {**options, "parts": limits["pos"], "negatives": limits["neg"], "policy": policy, "seed": args.seed, **measure}
-
-
-def check_propagation(args: argparse.Namespace) -> None:
-    """Raises a UserError where `--propagate` has no limit, or a limit nothing to limit."""
-    if args.propagate and args.propagate_below is None and args.max_distance is None:
-        raise UserError(
-            "--propagate: needs the distance below which a prediction is good enough to learn from (--propagate_below); "
-            "results.csv of a run without --propagate has the distances of all slices"
-        )
-    if args.propagate_below is not None and not args.propagate:
-        raise UserError("--propagate_below: limits --propagate, which is not given; give it, or leave both out")
-
-
-def check_save_reference(args: argparse.Namespace, inputs: Sequence[Path]) -> None:
-    """Raises a UserError where `--save_reference` cannot be written, or something else would be lost by it."""
-    path = args.save_reference
-    if path is None:
-        return
-    if path.suffix != STATE:
-        raise UserError(f"--save_reference {path}: expected a name that ends in {STATE}, by which it is known when it is given back")
-    read = [*args.reference, *(args.mask or []), *inputs, *(file for file in (args.ckpt, args.base, args.label_map) if file)]
-    if path.resolve() in {Path(file).resolve() for file in read}:
-        raise UserError(f"--save_reference {path}: is read in this run and would be written over; give another name")
-    if path.exists() and not is_saved_reference(path):
-        raise UserError(f"--save_reference {path}: is there already and no saved reference; move it, or give another name")
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        found = "not writable" if there.is_dir() else "no folder"
-        raise UserError(f"--save_reference {path}: cannot be written ({there} is {found}); give another name")
-
-
-def is_saved_reference(path: Path) -> bool:
-    """Whether a file is one of `P2SAM.save`."""
-    from safetensors import SafetensorError, safe_open
-
-    from pgsam.oneshot.saved import METADATA_KEY
-
-    try:
-        with safe_open(str(path), "pt") as file:
-            return METADATA_KEY in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
-
-
-def slice_numbers(text: str | None) -> list[int] | None:
-    """The numbers of `--slices 12,30`; None for all."""
-    if text is None:
-        return None
-    numbers = text.replace(",", " ").split()
-    if not numbers or not all(number.isascii() and number.isdigit() for number in numbers):
-        raise UserError(f"--slices {text}: expected numbers of slices from 0, as 12,30")
-    return [int(number) for number in numbers]
 
 
 # --- references ---------------------------------------------------------------------------------------------------------------------------
@@ -344,7 +187,9 @@ def one_object_of(examples):
 
 def prepare_scans(args: argparse.Namespace, options: dict[str, Any], *, saved: bool):
     """What it returns opens the backbone, which says how scans are cut, then reads and checks a labelled scan and fits its slices."""
+    from pgsam.engine.flags import plain
     from pgsam.engine.oneshot_files import ScanTask, Task, find_objects
+    from pgsam.engine.oneshot_flags import slice_numbers
     from pgsam.engine.oneshot_scan import Cutting, read_labelled
 
     label_map, chosen = read_label_map(args), slice_numbers(args.slices)
@@ -373,7 +218,7 @@ def prepare_scans(args: argparse.Namespace, options: dict[str, Any], *, saved: b
         fitted = ScanTask.fitted(task, reference, build, cutting, match=args.match or "relative", below=below)
         methods = {name: next(iter(of_slices.values())) for name, of_slices in fitted.methods.items()}
         given_slices = sorted(reference.slices.in_file(number) for number in reference.given)
-        more = {"given_slices": given_slices, "propagate_below": jsonable(below)}
+        more = {"given_slices": given_slices, "propagate_below": plain(below)}
         settings = settings_of(args, options, backbone, objects, methods, **more)
         save_state(args, methods, cutting.facts_of(reference.slices))
         return fitted, settings
@@ -416,6 +261,8 @@ def saved_objects(args: argparse.Namespace) -> dict[str, int]:
 
 def check_objects(args: argparse.Namespace, objects: dict[str, int]) -> None:
     """Raises a UserError where a flag is about one object and there are several."""
+    from pgsam.engine.oneshot_flags import given
+
     if len(objects) > 1:
         names = given(args, ("instances", "save_reference")) + ["--method direct"] * (args.method == "direct")
         if names:
@@ -437,13 +284,14 @@ def open_network(args: argparse.Namespace, options: dict[str, Any]):
 def settings_of(args: argparse.Namespace, options: dict[str, Any], backbone, objects: dict[str, int], methods: Mapping[str, Any], **more: Any):
     """What `run.json` says beside the results; known to be JSON before anything is written."""
     from pgsam.engine.device import environment
+    from pgsam.engine.flags import jsonable
     from pgsam.oneshot import P2SAM
     from pgsam.sam.weights import sha256_of
 
     files = {name: getattr(args, name) for name in ("ckpt", "base")}
     settings = {
         **environment(backbone.device),
-        "flags": {name: jsonable(value) for name, value in sorted(vars(args).items())},
+        "flags": jsonable(args),
         "method": args.method,
         "options": {name: method.settings() if isinstance(method, P2SAM) else options for name, method in methods.items()},
         "backbone": backbone.identity,
@@ -453,13 +301,6 @@ def settings_of(args: argparse.Namespace, options: dict[str, Any], backbone, obj
     }
     json.dumps(settings, allow_nan=False)
     return settings
-
-
-def jsonable(value: Any) -> Any:
-    """A flag's value as it goes into a JSON file."""
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    return str(value) if isinstance(value, Path) or value in (math.inf, -math.inf) else value
 
 
 def load_states(args: argparse.Namespace, options: dict[str, Any], backbone, objects: dict[str, int]) -> dict[str, Any]:

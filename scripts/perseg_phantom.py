@@ -2,7 +2,8 @@
 
     python scripts/perseg_phantom.py --slices data/Synapse --output data/perseg_phantom
 
-For every organ, the slices in which it is largest, three of them, become `Images/<organ>/NN.jpg` and `Annotations/<organ>/NN.png`.
+For every organ, the slices in which it is largest, three of them, become `Images/<organ>/NN.jpg` and `Annotations/<organ>/NN.png`; an organ that
+fewer slices show is left out, and named.
 """
 
 import argparse
@@ -43,10 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if organs is None:
         raise UserError(f"{args.slices}: expected slices with a manifest.json that names their classes, found none; make them with preprocess/")
     labels = {name: read_slice(folder.files / f"{name}.npz", name, len(organs))[1] for name in folder.names}
+    left_out = []
     for value, organ in enumerate(organs, start=1):
-        areas = {name: int((label == value).sum()) for name, label in labels.items()}
-        largest = sorted(areas, key=lambda name: (-areas[name], name))[:PICTURES]
-        for number, name in enumerate(largest if areas[largest[-1]] else ()):
+        areas = {name: area for name, label in labels.items() if (area := int((label == value).sum()))}
+        if len(areas) < PICTURES:
+            left_out.append(organ)
+            continue
+        for number, name in enumerate(sorted(areas, key=lambda name: (-areas[name], name))[:PICTURES]):
             image, _ = read_slice(folder.files / f"{name}.npz", name, len(organs))
             grey = np.clip(image * 255, 0, 255).round().astype(np.uint8)
             pictures = {"Images": ("jpg", np.stack([grey] * 3, axis=-1)), "Annotations": ("png", (labels[name] == value).astype(np.uint8) * 255)}
@@ -55,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as temporary:
                     Image.fromarray(pixels).save(temporary, quality=95)
+    if len(left_out) == len(organs):
+        raise UserError(f"{args.slices}: expected an organ in {PICTURES} slices at least, found none; prepare more slices")
+    print(f"{args.output}: {len(organs) - len(left_out)} organs" + (f"; in too few slices: {', '.join(left_out)}" if left_out else ""))
     return 0
 
 

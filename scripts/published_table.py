@@ -97,7 +97,9 @@ def _perseg(results: Mapping[str, Any], table: Mapping[str, Any]) -> Figures:
 
 def _msam(results: Mapping[str, Any], table: Mapping[str, Any]) -> Figures:
     dice = results["summary"]["dice"]
-    return {column: 100 * dice[int(column.split()[1]) - 1]["mean"] if int(column.split()[1]) <= len(dice) else None for column in table["columns"]}
+    means = [row["mean"] for row in dice]
+    clicks = {column: int(column.split()[1]) for column in table["columns"]}  # "click 5" -> 5
+    return {column: 100 * means[click - 1] if click <= len(means) and means[click - 1] is not None else None for column, click in clicks.items()}
 
 
 def gpu_hours(slices: int, epochs: int, gflop: float) -> float:

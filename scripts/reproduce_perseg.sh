@@ -2,7 +2,7 @@
 # PerSeg's table: P2SAM, PerSAM and PerSAM-F with SAM as Meta trained it.
 #
 #   bash scripts/reproduce_perseg.sh PERSEG_FOLDER [WORK_FOLDER]      PERSEG_FOLDER has Images and Annotations
-#   bash scripts/reproduce_perseg.sh --phantom [WORK_FOLDER]          the same steps in small on drawn objects, which shows that they run and nothing else
+#   bash scripts/reproduce_perseg.sh --phantom [WORK_FOLDER]          the same steps in small on organs of phantoms, which shows that they run and nothing else
 #
 # Meta's file of VIT (default vit_h; VIT=vit_b chooses another) is expected in checkpoints/. WORK_FOLDER (default runs/reproduce_perseg) gets the masks,
 # scores and table.md; methods whose results are there are not run again. P2SAM is run with 1 to 5 parts, as published.

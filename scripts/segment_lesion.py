@@ -237,7 +237,7 @@ def write_results(
     picture = lesion_montage(Volume(shown.scale(scan.volume.array), scan.volume.affine), result.array > 0, clicks)
     record = {
         **environment(session.device),
-        "flags": {**jsonable(args), "prompts": [[flag, str(value) if flag == "--mask" else list(value)] for flag, value in args.prompts]},
+        "flags": jsonable(args),
         "checkpoint_sha256": sha256_of(args.checkpoint),
         "input": args.input.name,
         "recipe": asdict(session.recipe),

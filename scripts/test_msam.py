@@ -80,14 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
 @reports_user_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
-    args = build_parser().parse_args(argv)
     from datasets.lesions import LesionCase, find_lesions
     from pgsam.engine.device import environment
     from pgsam.engine.evaluate_volumetric import Protocol, evaluate_volumetric, recipe_for
-    from pgsam.engine.flags import require_at_least
+    from pgsam.engine.flags import jsonable, require_at_least
     from pgsam.engine.volumetric import open_volumetric
     from pgsam.volumetric.crop import VolumeRecipe
 
+    args = build_parser().parse_args(argv)
     require_at_least(args, clicks=1, seed=0, label=1, channel=0)
     if not 0 <= args.tolerance < float("inf"):
         raise UserError(f"--tolerance {args.tolerance:g}: expected 0 mm or more; give the distance that counts as agreement")
@@ -110,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return trained
         return dataclasses.replace(trained, spacing_mm=None if args.spacing == "native" else args.spacing)
 
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     evaluate_volumetric(
         model,
         model.card,
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.output_dir,
         protocol,
         recipe=recipe,
-        settings={"flags": settings, "environment": environment(next(model.parameters()).device)},
+        settings={"flags": jsonable(args), "environment": environment(next(model.parameters()).device)},
         save_nifti=args.is_savenii,
     )
     print(f"{args.output_dir}: metrics.json, metrics.csv, test_log{', predictions' if args.is_savenii else ''}")

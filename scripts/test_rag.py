@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pgsam.errors import Parser, reports_user_errors
+from pgsam.errors import Parser, UserError, reports_user_errors
 
 if TYPE_CHECKING:
     from datasets.layout import DataFolder
@@ -64,7 +64,6 @@ def with_retrieval(args: argparse.Namespace, model: "SliceModel", folder: "DataF
     """How volumes are segmented with the index of `--index`."""
     from pgsam.engine.evaluate_retrieval import WithRetrieval
     from pgsam.engine.retrieval import open_retriever, refuse_tuned_on
-    from pgsam.errors import UserError
 
     slices = args.slices or folder.files.parent / "train_npz"
     if args.slices is not None and not slices.is_dir():

@@ -1,4 +1,4 @@
-r"""Tests a checkpoint of `train.py --dataset REFUGE` against seven raters: IoU and Dice of optic cup and disc, averaged over thresholds.
+"""Tests a checkpoint of `train.py --dataset REFUGE` against seven raters: IoU and Dice of optic cup and disc, averaged over thresholds.
 
     python train.py --root_path REFUGE --output runs/refuge --module sam_promptable --dataset REFUGE
     python scripts/test_refuge.py --checkpoint runs/refuge/final.safetensors --data REFUGE -o results/refuge
@@ -148,8 +148,9 @@ def run_test(args: argparse.Namespace) -> dict[str, Any]:
 
     from datasets.refuge import CHANNELS, open_refuge
     from pgsam.engine.device import environment
-    from pgsam.engine.evaluate import refuse_overlap, results_folder
+    from pgsam.engine.evaluate import refuse_overlap
     from pgsam.engine.flags import jsonable
+    from pgsam.engine.results import results_folder
     from pgsam.engine.validate_raters import PROMPT_WORDS, answer_rated
     from pgsam.rater_metrics import THRESHOLDS
 

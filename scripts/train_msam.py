@@ -34,7 +34,7 @@ from pgsam.errors import Parser, UserError, reports_user_errors
 if TYPE_CHECKING:
     from datasets.lesions import LesionCase
     from pgsam.engine.distributed import World
-    from pgsam.engine.train import Recipe
+    from pgsam.engine.recipe import Recipe
 
 PROGRAM = "scripts/train_msam.py"
 CLICK_TYPES = {"random": "uniform", "core": "core", "centre": "centre"}  # M-SAM's word, and the policies of pgsam.volumetric.refine
@@ -50,7 +50,7 @@ def build_parser() -> Parser:
     """The flags of train_msam.py."""
     from pgsam.engine.device import DEVICES
     from pgsam.engine.flags import add_deterministic
-    from pgsam.engine.train import AMP
+    from pgsam.engine.recipe import AMP
     from pgsam.engine.volumetric import MODALITIES
     from pgsam.volumetric.model import ADAPTERS, TUNES, VOLUME_VITS
     from pgsam.volumetric.refine import STEPS as CLICKS
@@ -119,26 +119,22 @@ def build_parser() -> Parser:
 
 def resolve(args: argparse.Namespace) -> None:
     """Fills in the defaults that depend on other flags and checks every value that needs no file."""
-    from pgsam.engine.flags import require_at_least
+    from pgsam.engine.flags import require_at_least, require_positive, require_seed
 
     args.output = args.output or str(Path(args.work_dir) / args.task_name)
     args.stop_epoch = args.num_epochs if args.stop_epoch is None else args.stop_epoch
     require_at_least(args, num_epochs=1, stop_epoch=1, batch_size=1, grad_accum=1, num_clicks=1, rank=1, save_interval=1)
-    require_at_least(args, num_workers=0, seed=0, weight_decay=0, jitter=0, cache_gib=0, label=1, channel=0)
+    require_at_least(args, num_workers=0, weight_decay=0, jitter=0, cache_gib=0, label=1, channel=0)
     for name, limit in LIMITS.items():
         if not getattr(args, name) < limit:
             raise UserError(f"--{name} {getattr(args, name)}: expected a number below {limit:g}")
-    if args.seed >= 2**63:
-        raise UserError(f"--seed {args.seed}: expected a number below 2**63")
+    require_seed(args)
     if args.ckpt is not None and (args.inflate or args.checkpoint.lower() == "none"):
         what = "--inflate" if args.inflate else "--checkpoint none"
         raise UserError(f"--ckpt {args.ckpt}: with {what} nothing is read from it; leave it out, or give a --checkpoint of ours that needs it")
     if args.stop_epoch > args.num_epochs:
         raise UserError(f"--stop_epoch {args.stop_epoch}: expected at most --num_epochs {args.num_epochs}, the length of the schedule")
-    for name in ("lr", "grad_clip", "decoder_rate", "gamma"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name} {value}: expected a positive number")
+    require_positive(args, "lr", "grad_clip", "decoder_rate", "gamma")
     resolve_validation(args)
     if args.lr_scheduler != "multisteplr":
         idle = [f"--{name}" for name in STEPS if getattr(args, name) is not None]
@@ -197,8 +193,7 @@ def usable_cases(args: argparse.Namespace, world: "World") -> tuple[list["Lesion
 
 def recipe_of(args: argparse.Namespace, device_type: str) -> "Recipe":
     """The recipe that the flags name."""
-    from pgsam.engine.objective import Refinement
-    from pgsam.engine.train import Recipe, default_workers
+    from pgsam.engine.recipe import Recipe, Refinement, default_workers
 
     same = ("batch_size", "stop_epoch", "weight_decay", "seed", "amp", "grad_accum", "grad_clip", "save_interval", "val_interval", "patience")
     stepwise = {"multisteplr": (tuple(args.step_size or ()), args.gamma), "constant": ((), 1.0), "poly": (None, None)}
@@ -227,14 +222,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; 0 on success, 2 after an error of the user's."""
     from pgsam.engine.distributed import joined
     from pgsam.engine.flags import parse
-    from train import choose_run
+    from pgsam.engine.run_start import choose_run
 
     args = parse(build_parser(), argv)
     resolve(args)
     with joined(args.device) as world:
-        resuming = choose_run(args)
-        if len(set(world.gather(resuming))) > 1:
-            raise UserError(f"{args.output}: expected a folder that all machines share, found a run in it on some only; name one on such a disk")
+        resuming = choose_run(args, world)
         run_training(args, list(argv if argv is not None else sys.argv[1:]), world, resuming=resuming)
     return 0
 
@@ -242,20 +235,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, resuming: bool) -> None:
     """Builds everything that the flags name, and trains."""
     from datasets.lesions import LesionCrops, split_patients
+    from pgsam.engine.determinism import seed_everything
     from pgsam.engine.flags import jsonable
-    from pgsam.engine.run_folder import RunFolder, newest_state
-    from pgsam.engine.train import Trainer, seed_everything, write_provenance
+    from pgsam.engine.run_start import commands, open_run, train_in
+    from pgsam.engine.train import Trainer
     from pgsam.engine.validate_volumes import VolumeValidation
     from pgsam.engine.volumetric import card_of
     from pgsam.engine.volumetric_start import Wanted, start_volumetric
     from pgsam.tuning.trainable import trainable_report
     from pgsam.volumetric.crop import VolumeRecipe
     from pgsam.volumetric.lesion_crop import LesionCutter
-    from train import commands
 
     seed_everything(args.seed, bool(args.deterministic))
-    gate = {name: getattr(args, name) for name in ("vit_name", "adapter", "gate", "rank", "tune", "update_embedding", "checkpointing")}
-    start = start_volumetric(args.checkpoint, Wanted(**gate), ckpt=args.ckpt, inflate=args.inflate)
+    wanted = {name: getattr(args, name) for name in ("vit_name", "adapter", "gate", "rank", "tune", "update_embedding", "checkpointing")}
+    start = start_volumetric(args.checkpoint, Wanted(**wanted), ckpt=args.ckpt, inflate=args.inflate)
     model = start.model
     if args.img_size not in (None, model.img_size):
         raise UserError(f"--img_size {args.img_size}: {start.vit_name} takes crops of {model.img_size} voxels a side; leave it out")
@@ -287,30 +280,9 @@ def run_training(args: argparse.Namespace, argv: list[str], world: "World", *, r
         boxes=start.boxes,
     )
     command, again = commands(argv, world, PROGRAM)
-    state, warning = newest_state(args.output) if resuming else (None, None)
-    for turn in (True, False):
-        if turn == world.is_main:
-            run = RunFolder(args.output, resume=args.resume is not None or not world.is_main)
-        world.barrier()  # behind it, all have read the state
-    if world.is_main and args.resume is not None:
-        run.clear_up(fell_back=warning is not None)
-    trainer = Trainer(model, dataset, recipe, run, card, world, validate=validation, flags=jsonable(args), again=again)
-    trainer.require_space()
-    if state is not None:
-        trainer.go_on_from(state, args.output)
-    if world.is_main:
-        write_provenance(run, command, jsonable(args), recipe, card, model)
-    for line in (
-        f"--resume auto: {args.output} holds no training state; a fresh start" if args.resume is not None and not resuming else None,
-        warning,
-        start.said,
-        trainable_report(model),
-        *left_out,
-        *(validation.describe() if validation else ()),
-    ):
-        if line is not None:
-            trainer.say(line)
-    trainer.fit()
+    opened = open_run(args, world, resuming=resuming)
+    trainer = Trainer(model, dataset, recipe, opened.folder, card, world, validate=validation, flags=jsonable(args), again=again)
+    train_in(opened, trainer, command, [start.said, trainable_report(model), *left_out, *(validation.describe() if validation else ())])
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def check_grid(args: argparse.Namespace) -> "Grid":
 
     if (args.val_list is None) == (args.folds is None):
         raise UserError("expected either --val_list (patients that the checkpoint was not trained on) or --folds (cross-fitted checkpoints)")
-    grid = []
+    grid: list[list[Any]] = []
     for flag, setting in (("weights", "weight"), ("temperatures", "temperature"), ("top_k", "top_k"), ("spatial", "spatial")):
         values = [None if value == ANYWHERE else value for value in dict.fromkeys(getattr(args, flag))]
         for value in values:

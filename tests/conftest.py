@@ -1,11 +1,13 @@
-"""Fixtures of the whole suite: the shared folder with real data and published numbers, weights by rule, and a prepared phantom dataset."""
+"""Fixtures of the whole suite: programs run as by a shell, the shared folder with real data and published numbers, and weights by rule."""
 
+import importlib
 import importlib.util
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 
@@ -31,6 +33,45 @@ def require_shared(relative: str) -> Path:
 def _ctrl_c_is_heard() -> None:
     """A shell starts background jobs deaf to Ctrl-C, and their children too; tests of what Ctrl-C does must not depend on that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _unchanged_torch() -> Iterator[None]:
+    """Training chooses kernels for the whole process; later tests must not notice."""
+    yield
+    if torch := sys.modules.get("torch"):  # a test without it need not wait for its import
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+class Outcome(NamedTuple):
+    """What a program left: exit code and text."""
+
+    code: int
+    out: str
+    err: str
+
+    def refused(self, *needles: object) -> str:
+        """The one line of an error of the user's; every needle must be in it."""
+        assert self.code == 2, self
+        assert len(self.err.splitlines()) == 1, self.err
+        assert self.err.startswith("error: "), self.err
+        for needle in needles:
+            assert str(needle) in self.err, f"{needle!s} is not in: {self.err}"
+        return self.err
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`call("scripts.compare", "--root_path", folder)` runs that module's `main` with those flags."""
+
+    def run(program: str, *argv: object) -> Outcome:
+        capsys.readouterr()
+        code = importlib.import_module(program).main([str(a) for a in argv])
+        return Outcome(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -164,7 +164,7 @@ def measure_pg_sam(args: argparse.Namespace, bench: Bench, size: int) -> Measure
         model = random_model(PG_SAM, args.vit_name, size, args.device, classes=tuple(_synapse_names()))
         merge_lora(model)
         images = torch.rand(args.batch_size or 1, 3, size, size, device=args.device)
-        encoder = model.image_encoder
+        encoder: Any = model.image_encoder
         once = encoder.forward
 
         def twice(inputs: "Tensor", levels: Any = None) -> Any:
@@ -270,7 +270,7 @@ def scaling(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     why = {
         "slices": "every slice costs the same: 1 is expected",
         "classes": "the encoder does not know them; only kernels, logits and arg-max grow: far below 1",
-        "img_size": "tokens grow with the square, attention over the whole grid with the fourth power: between 2 and 4",
+        "img_size": "tokens grow with the square, attention over the whole grid with the fourth power, resampling of the slices not at all: about 2",
     }
     figures: dict[str, Any] = {}
     for what, values in SCALES.items():

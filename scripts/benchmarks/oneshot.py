@@ -69,7 +69,8 @@ def measure(args: argparse.Namespace, bench: Bench, size: int) -> Measured:
         return {"ours": ours, "reference once": once, "published": published}
 
     def agree(results: dict[str, Any]) -> dict[str, Any]:
-        expected, facts = results["published"], {}
+        expected = results["published"]
+        facts: dict[str, Any] = {}
         for name, found in results.items():
             if found.n_parts != expected.n_parts:
                 raise AssertionError(f"oneshot: {name} chooses n = {found.n_parts}, the published way {expected.n_parts}")

@@ -63,8 +63,9 @@ def trainer_of(args: argparse.Namespace, size: int, folder: str, batch_size: int
     import torch
 
     from pgsam.engine.distributed import World
+    from pgsam.engine.recipe import Recipe
     from pgsam.engine.run_folder import RunFolder
-    from pgsam.engine.train import Recipe, Trainer
+    from pgsam.engine.train import Trainer
     from pgsam.models.card import ModelCard
     from pgsam.models.samed import SAMED, build_samed
 

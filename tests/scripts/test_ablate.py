@@ -1,6 +1,5 @@
 """The ablation from end to end on a phantom: what it trains, what it tells the models, that it resumes, and what its tables say."""
 
-import csv
 import importlib
 import json
 import shlex
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
-from pgsam.prior.reports import builtin_reports
+from pgsam.prior.organ_reports import builtin_reports
 from scripts import ablate
+from tests.tables import read_csv
 
 ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
 TRAINING: tuple[object, ...] = tuple(
@@ -28,19 +27,6 @@ TABLES = ("ablation.csv", "ablation.txt", "ablation.png")
 
 def main(program: str, *argv: object) -> int:
     return importlib.import_module(program).main([str(a) for a in argv])
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.fixture(autouse=True)
-def unchanged_torch() -> Any:
-    """The programs choose deterministic kernels for the whole process."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +75,9 @@ def commands(done: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> list[li
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(call: Callable[..., Any]) -> Callable[..., str]:
     """Runs ablate.py and gives the one line of an error of the user's."""
-
-    def run(*argv: object) -> str:
-        capsys.readouterr()
-        assert main("scripts.ablate", *argv) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("error: ")
-        assert len(said.splitlines()) == 1
-        return said
-
-    return run
+    return lambda *argv: call("scripts.ablate", *argv).refused()
 
 
 # --- runs, tests and tables ---------------------------------------------------------------------------------------------------------------
@@ -256,6 +233,7 @@ def test_results_on_another_list_are_not_taken(data: Path, copy: Path, commands:
         (("--output", "x"), "--output"),
         (("--root_path", "x"), "--root_path"),
         (("--module", "pg_sam"), "--module"),
+        (("--config", "more.json"), "--config"),
     ],
 )
 def test_a_flag_that_the_rows_set(data: Path, tmp_path: Path, refused: Callable[..., str], training: tuple[str, ...], said: str) -> None:

@@ -18,7 +18,7 @@ SMALL = ["--shape", "40", "96", "96", "--rounds", "1"]
 
 
 @pytest.fixture(autouse=True)
-def _unchanged_torch() -> Any:
+def _unchanged_threads() -> Any:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

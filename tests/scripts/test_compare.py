@@ -14,15 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pgsam.engine.checkpoint import read_card
-from pgsam.engine.device import REPOSITORY
 from pgsam.models import build_model
 from pgsam.models.card import ModelCard
 from pgsam.sam.weights import sha256_of
+from tests.tables import read_csv
 
 ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
 TABLES = tuple(f"comparison.{suffix}" for suffix in ("txt", "md", "tex", "csv", "png"))
-PROGRAMS = ("scripts/build_index.py", "scripts/tune_rag.py", "scripts/test_rag.py")
-HAS_RETRIEVAL = all((REPOSITORY / program).is_file() for program in PROGRAMS)
 ROWS = ("samed", "samed_s", "p2sam")
 BUDGET = ("--img_size", 32, "--input_size", 56, "--max_epochs", 1, "--stop_epoch", 1, "--batch_size", 6)
 
@@ -31,21 +29,8 @@ def main(program: str, *argv: object) -> int:
     return importlib.import_module(program).main([str(a) for a in argv])
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def card_of(folder: Path, row: str) -> ModelCard:
     return read_card(folder / "runs" / f"{row}-seed3" / "final.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def unchanged_torch() -> Any:
-    """The programs choose deterministic kernels for the whole process."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +101,11 @@ def commands(done: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: Callable[..., list[object]]) -> Callable[..., str]:
+def refused(call: Callable[..., Any], tmp_path: Path, flags: Callable[..., list[object]]) -> Callable[..., str]:
     """Runs compare.py and gives the one line of an error of the user's; nothing must be there afterwards."""
 
     def run(*more: object, output: Path | None = None, **told: Any) -> str:
-        capsys.readouterr()
-        assert main("scripts.compare", *flags(output or tmp_path / "out", *more, **told)) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("error: ")
-        assert len(said.splitlines()) == 1
+        said = call("scripts.compare", *flags(output or tmp_path / "out", *more, **told)).refused()
         assert output is not None or not (tmp_path / "out").exists()
         return said
 
@@ -293,7 +274,6 @@ def test_retrieval_is_a_second_row_of_the_same_runs(
         (folder / "metrics.json").write_text(json.dumps(results))
 
     monkeypatch.setattr("pgsam.engine.compare_runs.run_program", run)
-    monkeypatch.setattr("pgsam.engine.compare_runs.RETRIEVAL_PROGRAMS", ("train.py", "test.py", "infer_demo.py"))
     monkeypatch.setattr("pgsam.engine.compare_runs.retrieval_of", lambda *_: None)
     told = flags(copy, "--retrieval", "--set", "samed", "base_lr=0.002", methods=("samed", "p2sam"))
     assert main("scripts.compare", *told) == 0
@@ -301,7 +281,7 @@ def test_retrieval_is_a_second_row_of_the_same_runs(
     assert list(dict.fromkeys(row for row, _, _ in lines)) == ["samed", "samed + retrieval", "p2sam"]
     assert float(lines["samed + retrieval", "dsc", "mean"]["difference"]) == pytest.approx(0.1)
     assert commands == []
-    assert [command[0] for command in started] == ["train.py", "test.py", "infer_demo.py"]
+    assert [command[0] for command in started] == ["scripts/build_index.py", "scripts/tune_rag.py", "scripts/test_rag.py"]
     index, tune, test = (dict(zip(command[1::2], command[2::2], strict=True)) for command in started)
     model = str(copy / "runs" / "samed-seed3" / "final.safetensors")
     assert {flags["--checkpoint"] for flags in (index, tune, test)} == {model}
@@ -315,7 +295,6 @@ def test_retrieval_is_a_second_row_of_the_same_runs(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_RETRIEVAL, reason="this checkout has no retrieval")
 def test_retrieval_from_end_to_end(flags: Callable[..., list[object]], copy: Path) -> None:
     told = flags(copy, "--retrieval", "--set", "samed", "base_lr=0.002", methods=("samed",))
     assert main("scripts.compare", *told) == 0
@@ -326,7 +305,6 @@ def test_retrieval_from_end_to_end(flags: Callable[..., list[object]], copy: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("sam_adapter" not in importlib.import_module("pgsam.models").BUILDERS, reason="this checkout has no adapters")
 def test_adapters_are_a_row(flags: Callable[..., list[object]], tmp_path: Path) -> None:
     assert main("scripts.compare", *flags(tmp_path / "out", methods=("adapter",))) == 0
     assert {line["row"] for line in read_csv(tmp_path / "out" / "comparison.csv")} == {"adapter"}
@@ -401,12 +379,8 @@ def test_bad_flags_of_its_own(refused: Callable[..., str], tmp_path: Path) -> No
     assert "p2sam is not among the methods" in refused("--p2sam_ckpt", unknown, methods=("samed",))
 
 
-def test_retrieval_needs_what_it_needs(
-    flags: Callable[..., list[object]], refused: Callable[..., str], sam: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_retrieval_needs_what_it_needs(flags: Callable[..., list[object]], refused: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "no method is trained here" in refused("--retrieval", methods=("p2sam",))
-    monkeypatch.setattr("pgsam.engine.compare_runs.RETRIEVAL_PROGRAMS", ("scripts/absent.py",))
-    assert "scripts/absent.py" in refused("--retrieval")
     told = [str(word) for word in flags(Path("out"), "--retrieval")]
     cut = told.index("--val_list")
     assert main("scripts.compare", *told[:cut], *told[cut + 2 :]) == 2

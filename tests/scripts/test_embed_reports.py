@@ -6,7 +6,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from pgsam.prior.text_encoder import load_text_encoder, read_embeddings, text_hash
+from pgsam.prior.text_embeddings import read_embeddings, text_hash
+from pgsam.prior.text_encoder import load_text_encoder
 from scripts import embed_reports
 
 REPORTS = {"spleen": {"long": "left and soft", "sketch": "left"}, "liver": {"long": "right and soft"}}

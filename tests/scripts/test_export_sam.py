@@ -1,6 +1,8 @@
 """A tuned SAM as a file in Meta's layout: segment_anything's names, the tuned model's function, and a start for the other methods."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,15 +61,17 @@ def test_a_start_for_the_other_methods(tuned: Path, tmp_path: Path) -> None:
         assert torch.equal(samed.state_dict()[name], state[name])
 
 
-def test_what_is_refused(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    samed = tmp_path / "samed.safetensors"
+def test_what_is_refused(tuned: Path, tmp_path: Path, call: Callable[..., Any]) -> None:
+    samed, adapted, there, new = (tmp_path / name for name in ("samed.safetensors", "adapted.safetensors", "there.pth", "a.pth"))
     save_release(samed, build_model(SAMED, vit_name="vit_tiny", img_size=SIZE, num_classes=1, verbose=False), card(SAMED))
-    there = tmp_path / "there.pth"
+    save_release(adapted, build_promptable("vit_tiny", SIZE, ("liver",), tune="adapter"), card(rank=None, options={"tune": "adapter"}))
     there.write_bytes(b"mine")
-    for checkpoint, output, said in ((samed, tmp_path / "a.pth", SAMED), (tuned, there, "exists"), (tmp_path / "no", tmp_path / "a.pth", "no such")):
-        assert export_sam.main(["--checkpoint", str(checkpoint), "--output", str(output)]) == 2
-        error = capsys.readouterr().err
-        assert said in error
-        assert len(error.splitlines()) == 1
+    for checkpoint, output, said in (
+        (samed, new, SAMED),
+        (adapted, new, "adapters"),  # their function is in no weight of SAM's
+        (tuned, there, "expected a new file"),
+        (tmp_path / "no", new, "no such"),
+    ):
+        call("scripts.export_sam", "--checkpoint", checkpoint, "--output", output).refused(said)
     assert there.read_bytes() == b"mine"
-    assert not (tmp_path / "a.pth").exists()
+    assert not new.exists()

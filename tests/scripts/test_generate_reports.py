@@ -2,17 +2,16 @@
 
 import base64
 import datetime
-import email.utils
+import functools
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,103 +24,28 @@ from PIL import Image
 
 from datasets.labels import SYNAPSE8_NAMES
 from pgsam.prior import generate
-from pgsam.prior.generate import Answer, ChatEndpoint, Unavailable, Unusable, Writer, report_of, retry_after_s
-from pgsam.prior.reports import read_organ_reports, read_slice_reports
+from pgsam.prior.organ_reports import read_organ_reports
+from pgsam.prior.slice_reports import read_slice_reports
 from scripts import generate_reports
+from tests.chat_server import (
+    GOOD,
+    FakeTime,
+    Handler,
+    Server,
+    drips,
+    hangs,
+    hangs_up,
+    hangs_up_between_chunks,
+    in_an_hour,
+    raw,
+    says,
+    speaks_no_http,
+    status,
+)
 
 KEY = "sk-sesame-0123456789"
-GOOD = "The liver fills the right side of the picture and is brighter than the muscle behind it."
 TRAIN = [f"case0005_slice{i:03d}" for i in range(3)]
 TEST = [f"case0008_slice{i:03d}" for i in range(3)]
-
-Behaviour = Callable[["Handler"], None]
-
-
-# --- the server -------------------------------------------------------------------------------------------------------------------------
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Takes down every request and answers as the next behaviour of the server says, or well."""
-
-    protocol_version = "HTTP/1.1"
-    server: "Server"
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.requests.append(SimpleNamespace(method=self.command, path=self.path, headers=dict(self.headers), body=body))
-        self.close_connection = True
-        (self.server.behaviours.pop(0) if self.server.behaviours else self.server.otherwise)(self)
-
-    do_GET = do_POST  # what a followed redirect would come back as
-
-    def answer(self, status: int, body: str | bytes, *, kind: str = "application/json", length: int | None = None, **headers: str) -> None:
-        body = body.encode() if isinstance(body, str) else body
-        self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body) if length is None else length), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        """Silent."""
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests: list[SimpleNamespace] = []
-        self.behaviours: list[Behaviour] = []
-        self.otherwise: Behaviour = says(GOOD)
-        self.released = threading.Event()  # ends what hangs
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that hung up is no news."""
-
-
-def completion(content: object, finish_reason: object = "stop", **message: object) -> str:
-    choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish_reason}
-    return json.dumps({"id": "1", "object": "chat.completion", "model": "m", "choices": [choice], "usage": {}})
-
-
-def says(content: object, finish_reason: object = "stop", **message: object) -> Behaviour:
-    return lambda handler: handler.answer(200, completion(content, finish_reason, **message))
-
-
-def status(code: int, message: str = "no", **headers: str) -> Behaviour:
-    return lambda handler: handler.answer(code, json.dumps({"error": {"message": message}}), **headers)
-
-
-def raw(body: str | bytes, kind: str = "application/json") -> Behaviour:
-    return lambda handler: handler.answer(200, body, kind=kind)
-
-
-def hangs(handler: Handler) -> None:
-    handler.server.released.wait(20)
-
-
-def hangs_up(handler: Handler) -> None:
-    """Promises a whole answer, sends half of it."""
-    body = completion(GOOD).encode()
-    handler.answer(200, body[: len(body) // 2], length=len(body))
-
-
-def hangs_up_between_chunks(handler: Handler) -> None:
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n20\r\n" + completion(GOOD).encode()[:10])
-
-
-def speaks_no_http(handler: Handler) -> None:
-    handler.wfile.write(b"220 mail.example ESMTP\r\n")
-
-
-def drips(handler: Handler) -> None:
-    """Never silent for long, never done."""
-    handler.answer(200, b"", length=1000)
-    while not handler.server.released.wait(0.05):
-        handler.wfile.write(b" ")
 
 
 @pytest.fixture
@@ -133,24 +57,6 @@ def server() -> Iterator[Server]:
         server.released.set()
         server.shutdown()
         thread.join()
-
-
-class FakeTime:
-    """A clock that only sleeping moves."""
-
-    def __init__(self) -> None:
-        self.now, self.slept = 1000.0, [0.0]
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        return time.time()
-
-    def sleep(self, seconds: float) -> None:
-        assert seconds >= 0
-        self.now += seconds
-        self.slept.append(seconds)
 
 
 @pytest.fixture(autouse=True)
@@ -188,34 +94,14 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    def refused(self, *needles: object) -> str:
-        """The one line of an error of the user's, with all needles in it."""
-        assert self.code == 2, self
-        assert len(self.err.splitlines()) == 1, self
-        assert self.err.startswith("error: "), self
-        for needle in needles:
-            assert str(needle) in self.err, (needle, self.err)
-        return self.err
+@pytest.fixture
+def run(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`run("--organs", ...)` gives exit code, stdout and stderr."""
+    return functools.partial(call, "scripts.generate_reports")
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    def call(*argv: object) -> Outcome:
-        capsys.readouterr()
-        code = generate_reports.main([str(a) for a in argv])
-        return Outcome(code, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def slices(run: Callable[..., Outcome], server: Server, data: Path, tmp_path: Path) -> Callable[..., Outcome]:
+def slices(run: Callable[..., Any], server: Server, data: Path, tmp_path: Path) -> Callable[..., Any]:
     """Reports of the three training slices into out.jsonl."""
     return lambda *more: run("--root_path", data, "--output", tmp_path / "out.jsonl", "--base_url", server.url, "--model", "m", *more)
 
@@ -340,7 +226,7 @@ def test_organ_reports_are_what_the_reader_of_organ_reports_takes(run, server, t
 # --- trouble that passes ----------------------------------------------------------------------------------------------------------------
 
 
-def assert_complete(outcome: Outcome, server: Server, tmp_path: Path, requests: int) -> None:
+def assert_complete(outcome: Any, server: Server, tmp_path: Path, requests: int) -> None:
     assert outcome.code == 0, outcome
     assert len(server.requests) == requests
     reports = read_slice_reports(tmp_path / "out.jsonl")
@@ -355,10 +241,6 @@ def test_a_rate_limit_is_waited_out(slices, server, tmp_path, clock) -> None:
     first, second = (wait for wait in clock.slept if wait)
     assert 7 <= first <= 8
     assert 38 <= second <= 41
-
-
-def in_an_hour(shift_s: float = 0) -> str:
-    return email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=3600 + shift_s), usegmt=True)
 
 
 def test_a_server_that_wants_a_day_of_rest_gets_it(slices, server, tmp_path, clock) -> None:
@@ -430,23 +312,6 @@ def test_garbage_is_asked_for_again_and_never_written(slices, server, tmp_path, 
     server.behaviours = [GARBAGE[kind]]
     assert_complete(slices("--retries", 2), server, tmp_path, 7)
     assert np.array_equal(picture(asked(server)[5]), picture(asked(server)[1])), "only the missing one is asked for"
-
-
-def test_a_report_is_one_line_without_the_thoughts_before_it() -> None:
-    said = "<think>\nIs this the liver? I cannot be sure.\n</think>\n\nThe liver is\n  bright \x00 and\ud800 large. It cannot be mistaken."
-    assert report_of(Answer(said, None), 5, 50) == "The liver is bright and large. It cannot be mistaken."
-    assert report_of(Answer("a b c", "stop"), 3, 3) == "a b c"
-    for bounds in ((4, 9), (1, 2)):
-        with pytest.raises(Unusable, match="3 words"):
-            report_of(Answer("a b c", "stop"), *bounds)
-
-
-def test_what_retry_after_means() -> None:
-    """RFC 9110, section 10.2.3."""
-    assert retry_after_s("120") == 120
-    assert abs(retry_after_s(in_an_hour()) - 3600) < 5
-    assert retry_after_s("Fri, 31 Dec 1999 23:59:59 GMT") == 0
-    assert [retry_after_s(value) for value in (None, "", "soon", "-3", "inf", "nan", "9" * 400)] == [None] * 7
 
 
 # --- trouble that stays -----------------------------------------------------------------------------------------------------------------
@@ -566,45 +431,11 @@ def test_organ_reports_survive_a_failure_and_are_completed(run, server, tmp_path
 # --- pace -------------------------------------------------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """A generator that notes when it is asked; every second answer is garbage."""
-
-    label = "recorder"
-
-    def __init__(self, clock: FakeTime, seconds: float) -> None:
-        self.clock, self.seconds, self.starts = clock, seconds, []
-
-    def ask(self, prompt: str, image: np.ndarray | None, attempt: int) -> Answer:
-        self.starts.append(self.clock.now)
-        self.clock.now += self.seconds
-        return Answer(GOOD if len(self.starts) % 2 else "", "stop")
-
-
-@pytest.mark.parametrize(("seconds", "step"), [(0.0, 10.0), (4.0, 10.0), (25.0, 25.0)])
-def test_requests_are_spaced_the_repeated_ones_too(clock, seconds, step) -> None:
-    recorder = Recorder(clock, seconds)
-    writer = Writer(recorder, retries=1, interval_s=10.0, min_words=1, max_words=100)
-    for _ in range(5):
-        writer.report("prompt")
-    steps = np.diff(recorder.starts)
-    assert len(steps) == 8
-    assert (steps >= step - 1e-9).all()
-    assert (steps <= step + 1.0 + 1e-9).all(), "one second is the longest wait before a second attempt"
-
-
 def test_requests_per_minute(slices, server, clock) -> None:
     started = clock.now
     assert slices("--requests_per_minute", 12).code == 0
     assert clock.now - started == pytest.approx(10)
     assert slices("--requests_per_minute", 0).refused("--requests_per_minute 0")
-
-
-def test_the_wait_is_bounded(clock) -> None:
-    recorder = Recorder(clock, 0)
-    recorder.ask = lambda *_: (_ for _ in ()).throw(Unavailable("no"))
-    with pytest.raises(Unavailable):
-        Writer(recorder, retries=12, interval_s=0, min_words=1, max_words=9).report("prompt")
-    assert 30 <= clock.slept[-1] <= max(clock.slept) <= 60
 
 
 # --- errors before the first request ----------------------------------------------------------------------------------------------------
@@ -801,7 +632,7 @@ def test_a_local_model_of_the_wrong_kind_or_absent(run, data, gpt, tmp_path) -> 
     flags = ("--root_path", data, "--output", tmp_path / "o.jsonl", "--device", "cpu")
     run(*flags, "--local_model", gpt).refused("image-text-to-text")
     run(*flags, "--local_model", tmp_path / "none").refused("none", "fetch it first")
-
-
-def test_a_path_as_a_models_name_does_not_get_into_the_reports() -> None:
-    assert ChatEndpoint("https://host.example:8443/v1", "/home/me/models/Qwen").label == "Qwen @ host.example"
+    damaged = shutil.copytree(gpt, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    run("--organs", "liver", "--output", tmp_path / "o.json", "--local_model", damaged).refused("a text generation model", "cannot load it")

@@ -1,6 +1,5 @@
 """The 4D-Lung program on phantom patients and on shared CT slices, with a random SAM."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import SimpleITK
 from pgsam.oneshot.images import read_mask
 from scripts import p2sam_4d_lung
 from tests.one_shot_layouts import TINY, lung_tree, save_pair
+from tests.tables import read_csv
 
 DECEMBER, JANUARY, MARCH = "12-27-2000-NA-p4-1", "01-02-2001-NA-p4-2", "03-02-2001-NA-p4-3"
 
@@ -20,8 +20,7 @@ def run(data: Path, outdir: Path, *flags: str) -> int:
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:
-    with (out / "results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(out / "results.csv")
 
 
 def test_later_visits_are_segmented_after_the_first_slice_by_slice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """The CVC-ClinicDB program on phantom videos and on the shared polyps, with a random SAM."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pgsam.oneshot import P2SAM
 from pgsam.oneshot.images import read_image, read_mask
 from scripts import p2sam_cvc_clinicdb
 from tests.one_shot_layouts import TINY, cvc_tree, save_pair
+from tests.tables import read_csv
 
 
 def run(data: Path, outdir: Path, *flags: str) -> int:
@@ -43,8 +43,7 @@ def test_videos_are_segmented_after_their_third_frame_and_scored_by_frame_and_vi
 def test_another_reference_frame(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = cvc_tree(tmp_path / "data", video_0001=3)
     assert run(data, tmp_path / "out", "--ref_frame", "1", "--max-num-pos", "1", "--vis") == 0
-    with (tmp_path / "out" / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "out" / "results.csv")
     assert [(row["video"], row["image"], Path(row["reference"]).stem) for row in rows] == [
         ("video_0001", "0002", "image_0001"),
         ("video_0001", "0003", "image_0001"),

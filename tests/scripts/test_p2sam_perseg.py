@@ -1,6 +1,5 @@
 """The PerSeg programs on phantoms and on the shared objects, with a random SAM."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pgsam.oneshot.images import read_image, read_mask
 from pgsam.sam.backbone import SamBackbone
 from scripts import eval_miou_perseg, p2sam_4d_lung, p2sam_cvc_clinicdb, p2sam_perseg
 from tests.one_shot_layouts import TINY, perseg_tree
+from tests.tables import read_csv
 
 METHODS = {
     "p2sam": ["--max-num-pos", "2"],
@@ -72,8 +72,7 @@ def test_every_method_segments_every_object(
     assert results["settings"]["method"] == method
     assert results["settings"]["checkpoint"] is None
     assert results["settings"]["ground_truth_prompts"] is False
-    with (out / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(out / "results.csv")
     assert [(row["object"], row["image"]) for row in rows] == [("cat00", "01"), ("cat00", "02"), ("dog", "01")]
     if method == "p2sam":
         assert all(row["reason"] or (row["n_parts"] in "12" and float(row["distance"]) > 0) for row in rows)
@@ -96,8 +95,7 @@ def test_the_program_does_what_the_library_does(data: Path, tmp_path: Path, comp
     options = json.loads((out / "results.json").read_text())["settings"]["options"]
     assert set(options) == {"parts", "negatives", "policy", "compat", "seed", "weighted", "transport"}
     assert options == json.loads(json.dumps({name: method.settings()[name] for name in options}))
-    with (out / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(out / "results.csv")
     for row, name in zip(rows, ("01", "02"), strict=False):
         result = method.predict(read_image(data / f"Images/cat00/{name}.jpg"))
         assert np.array_equal(read_mask(out / f"cat00/{name}.png"), result.mask)

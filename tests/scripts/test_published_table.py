@@ -53,6 +53,8 @@ def test_one_shot_and_click_results_are_read(tmp_path: Path) -> None:
     assert read_ours("perseg", tables["perseg"], path) == {"miou": 50.0}
     path.write_text(json.dumps({"summary": {"dice": [{"mean": value / 10} for value in range(1, 6)]}}))
     assert read_ours("msam", tables["msam"], path) == {"click 1": 10.0, "click 5": 50.0, "click 10": None}
+    path.write_text(json.dumps({"summary": {"dice": [{"mean": None}] * 5}}))  # of references that are all empty
+    assert read_ours("msam", tables["msam"], path) == dict.fromkeys(("click 1", "click 5", "click 10"))
 
 
 def test_what_is_absent_is_not_at_hand(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The program that tests M-SAM: whole runs with a random model of the smallest size, and what it refuses."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from pgsam.engine.volumetric import card_of, save_volumetric
+from pgsam.engine.checkpoint import save_release
+from pgsam.engine.volumetric import card_of
 from pgsam.volumetric.crop import VolumeRecipe
 from pgsam.volumetric.model import build_volumetric
 from scripts import test_msam
+from tests.tables import read_csv
 
 SETTINGS = {"tune": "full"}
 
@@ -37,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(folder: Path, **fields: Any) -> Path:
     torch.manual_seed(0)
     card = card_of("nano3d_32", SETTINGS, VolumeRecipe(spacing_mm=2.0), modalities=("ct",), **fields)
-    save_volumetric(folder / "nano.safetensors", build_volumetric("nano3d_32", **SETTINGS), card)
+    save_release(folder / "nano.safetensors", build_volumetric("nano3d_32", **SETTINGS), card)
     return folder / "nano.safetensors"
 
 
@@ -71,8 +72,7 @@ def test_a_whole_run(nano: Path, data: Path, tmp_path: Path, capsys: pytest.Capt
     }
     recipe = results["cases"]["liver/ct_some/a"]["all"]["recipe"]
     assert recipe == {"spacing_mm": 2.0, "clamp": [-1000.0, 1000.0], "normalise": "positive"}
-    with (out / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(out / "metrics.csv")
     assert [(row["case"], row["click"]) for row in rows] == [(case, str(click)) for case in results["cases"] for click in (1, 2)]
     assert {int(row["n_ref"]) for row in rows} == {5 * 5 * 5 + 5 * 4 * 4}
     for number in range(2):

@@ -1,6 +1,5 @@
 """scripts/test_rag.py in whole runs: both scores from one pass, what is written beside them, and what it refuses."""
 
-import csv
 import json
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from pgsam.retrieval.index import Hits, SliceIndex
 from pgsam.sam.weights import sha256_of
 from scripts import build_index, test_rag
 from tests.retrieval_data import TEST, save_model, write_data
+from tests.tables import read_csv
 
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,8 +70,7 @@ def test_without_retrieval_is_what_test_py_measures(place: Path, run: Run, tmp_p
     assert rag["without_retrieval"]["cases"] == plain["cases"]
     assert rag["without_retrieval"]["summary"] == plain["summary"]
     assert rag["cases"] != plain["cases"]
-    with (tmp_path / "rag" / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "rag" / "metrics.csv")
     assert [float(row["dsc"]) for row in rows] == [rag["cases"][row["case"]][row["organ"]]["dsc"] for row in rows]
     gain = rag["summary"]["strict"]["mean"]["dsc"]["mean"] - plain["summary"]["strict"]["mean"]["dsc"]["mean"]
     assert rag["difference"]["dsc"]["mean"]["mean"] == pytest.approx(gain)

@@ -1,6 +1,5 @@
 """scripts/train_msam.py end to end on small phantoms, and what it refuses."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from pgsam.sam.weights import sha256_of
 from pgsam.volumetric.model import build_volumetric
 from scripts.train_msam import build_parser, main, resolve
 from scripts.train_msam import recipe_of as recipe_of_flags
+from tests.tables import read_csv
 
 VIT = "nano3d_32"
 SHAPE = (40, 40, 40)
@@ -45,15 +45,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(autouse=True)
-def _unchanged_torch() -> Any:
-    """Training chooses kernels for the whole process; later tests must not notice."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-
-
 def flags(data: Path, work: Path, *more: str, checkpoint: str = "none") -> list[str]:
     own = ["--vit_name", VIT] if checkpoint == "none" else []
     return ["--root_path", str(data), "--work_dir", str(work), "--checkpoint", checkpoint, *own, "--num_clicks", "2", "--device", "cpu", *more]
@@ -74,8 +65,7 @@ def test_what_a_run_leaves(finished: Path) -> None:
         *("last.pt", "prev.pt", "best.safetensors", "final.safetensors"),
     }
     assert (finished / "command.txt").read_text().startswith("python scripts/train_msam.py --root_path")
-    with (finished / "history.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(finished / "history.csv")
     assert [float(row["lr"]) for row in rows] == pytest.approx([8e-4, 8e-5])
     assert all(0 <= float(row["val_dsc"]) <= 1 and 0 <= float(row["val_click_1"]) <= 1 for row in rows)
     log = (finished / "log.txt").read_text()
