@@ -17,7 +17,7 @@ from pgsam import load_model
 from pgsam.engine.checkpoint import read_card
 from pgsam.engine.evaluate import segment_case
 from pgsam.metrics import dice
-from pgsam.prior.reports import builtin_reports
+from pgsam.prior.organ_reports import builtin_reports
 from pgsam.volume import scale_intensity
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgsam.prior.reports import builtin_reports
+from pgsam.prior.organ_reports import builtin_reports
 from pgsam.volume_io import read_volume, write_volume
 from tests.preprocess.test_isic import make_isic
 from tests.refuge_layout import make_refuge
