@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,17 +78,17 @@ def format_latex(blocks: Sequence[Block], notes: Sequence[str]) -> str:
         lines = [" & ".join(map(_latex, line)) + r" \\" for line in (block.head, *block.lines)]
         body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
         columns = "l" + "r" * (len(block.head) - 1)
-        parts.append(
-            f"\\begin{{table}}\n\\caption{{{_latex(block.title)}}}\n\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}"
-        )
+        table = f"\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}"
+        parts.append(f"\\begin{{table}}\n\\centering\n\\caption{{{_latex(block.title)}}}\n{table}\n\\end{{table}}")
     return "\n".join(parts) + "\n"
 
 
 def _latex(text: str) -> str:
-    """Text with LaTeX's special characters written as such."""
+    """Text with LaTeX's special characters written as such, and a minus before a number as one."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$"}
     special |= {character: f"\\{character}" for character in "&%$#_{}"}
-    return "".join(special.get(character, character) for character in text)
+    escaped = "".join(special.get(character, character) for character in text)
+    return re.sub(r"(?<!\w)-(?=\d)", "$-$", escaped)
 
 
 def format_csv(comparison: Comparison) -> str:

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -212,6 +213,8 @@ def test_markdown_and_latex_hold_the_same_cells(results: list[Result]) -> None:
     assert all(line.count(" & ") == len(cell) - 1 for line, cell in zip(tex_rows, cells, strict=True))
     assert r"mine \& yours" in latex
     assert r"samed\_s" in latex
+    assert re.search(r"\[\$-\$\d", latex)
+    assert "[0-100]" in latex
     assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") == latex.count(r"\toprule") == len(blocks)
     assert "% 50 % of _it_" in latex
     assert "- 50 % of _it_" in markdown
