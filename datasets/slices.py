@@ -22,7 +22,6 @@ from datasets.layout import COLOURS, IMAGE_RANGE, DataFolder, case_of, slice_num
 from datasets.store import open_store
 from pgsam.errors import UserError
 from pgsam.formats.arrays import DAMAGE
-from pgsam.formats.npz import read_npz
 from pgsam.resample import resize_cubic, resize_nearest
 
 KEYS = ("image", "label")
@@ -117,7 +116,8 @@ def read_slice(path: Path, case: str, num_classes: int) -> tuple[np.ndarray, np.
         (dtype('float32'), dtype('uint8'), 4)
     """
     try:
-        image, label = read_npz(path, KEYS)
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            image, label = (archive[key] for key in KEYS)
     except DAMAGE as error:
         raise UserError(f"{path} ({case}): expected an npz with image and label, found a damaged one ({error}); make it again") from error
     check_shapes(path, case, _pixels(image.shape), label.shape, 2)

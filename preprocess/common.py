@@ -32,7 +32,6 @@ from tqdm import tqdm
 from datasets.labels import LabelMap
 from datasets.layout import FILES
 from pgsam.errors import UserError
-from pgsam.formats.npz import write_npz
 from pgsam.volume import (
     GRID_TOLERANCE_MM,
     Volume,
@@ -261,7 +260,8 @@ def write_slices(paths: Sequence[Path], image: Volume, label: np.ndarray, window
         for index, path in enumerate(paths):
             arrays = {"image": scale_to_window(image.array[index], *window), "label": label[index].astype(np.float32)}
             attributes["origin"] = np.array(take_slice(image, index).origin_mm)  # the rest is the same for all
-            write_npz(stack.enter_context(replacing(path)), {**arrays, **attributes})
+            with stack.enter_context(replacing(path)).open("wb") as file:
+                np.savez(file, **arrays, **attributes)
 
 
 def _values(label: np.ndarray) -> list[int]:

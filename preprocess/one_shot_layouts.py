@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from datasets.layout import FILES, read_manifest
 from pgsam.errors import UserError
-from pgsam.formats.npz import write_npz
 from pgsam.volume import check_window, scale_to_window
 from pgsam.volume_io import read_scan, replacing
 from preprocess.common import MANIFEST_FORMAT, add_common_arguments, write_text
@@ -216,9 +215,9 @@ def write_colour_slice(output: Path, case: str, image: np.ndarray, mask: np.ndar
     """
     written = f"{_TRAIN}/{case}_slice000.npz"
     (output / written).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output / written) as temporary:
+    with replacing(output / written) as temporary, temporary.open("wb") as file:
         entries = {"source": source, "image_kind": "rgb", "orientation": PICTURE_ORIENTATION}
-        write_npz(temporary, {"image": image, "label": mask.astype(np.float32), **entries})
+        np.savez(file, image=image, label=mask.astype(np.float32), **entries)  # type: ignore[arg-type]
     return written
 
 

@@ -90,7 +90,7 @@ def resolve(args: argparse.Namespace) -> None:
         if getattr(args, name) is None and name not in ("stop_epoch", "rank"):
             setattr(args, name, value)
     args.batch_size = 12 if args.batch_size is None else args.batch_size
-    if args.warmup_period is not None and not args.warmup:
+    if args.warmup_period not in (None, WARMUP_PERIOD) and not args.warmup:  # a run's config.json, given again, names the default
         raise UserError(f"--warmup_period {args.warmup_period}: nothing is warmed up without --warmup; give that too, or leave this out")
     if args.warmup_period is None and args.prompt is None:
         args.warmup_period = WARMUP_PERIOD
