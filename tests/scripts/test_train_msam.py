@@ -31,7 +31,7 @@ def write(folder: Path, name: str, *, empty: bool = False) -> None:
     affine = np.diag([1.5, 1.5, 1.5, 1.0])
     for part, array in (
         ("imagesTr", (50 + 60 * ball + random.normal(0, 10, SHAPE)).astype(np.int16)),
-        ("labelsTr", (ball & ~empty).astype(np.uint8)),
+        ("labelsTr", (ball & (not empty)).astype(np.uint8)),
     ):
         (folder / part).mkdir(parents=True, exist_ok=True)
         nibabel.save(nibabel.Nifti1Image(array, affine), folder / part / f"{name}.nii.gz")

@@ -86,7 +86,8 @@ def test_neighbours_start_as_the_model_without(sam_file: Path) -> None:
     three.mask_decoder.load_state_dict(one.mask_decoder.state_dict())
     grey = images(2, 3)
     with torch.no_grad():
-        assert torch.equal(three(grey)["masks"], one(grey[:, 1:2].expand(-1, 3, -1, -1))["masks"])
+        found, expected = three(grey)["masks"], one(grey[:, 1:2].expand(-1, 3, -1, -1))["masks"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # six images through the blocks, or two: other last digits
 
 
 def test_at_zero_start_it_sees_an_image_as_sam_does(sam_file: Path) -> None:
