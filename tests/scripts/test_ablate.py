@@ -83,6 +83,7 @@ def refused(call: Callable[..., Any]) -> Callable[..., str]:
 # --- runs, tests and tables ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_line_for_every_test(done: Path) -> None:
     held_out = [f"held-out: {name}" for name in builtin_reports().held_out]
     assert len(held_out) == 2
@@ -98,6 +99,7 @@ def test_a_line_for_every_test(done: Path) -> None:
         assert float(line["dsc"]) == pytest.approx(statistics.mean(float(line[f"dsc {organ}"]) for organ in ORGANS if line[f"dsc {organ}"]))
 
 
+@pytest.mark.slow
 def test_every_row_is_trained_on_the_same_terms(done: Path, data: Path) -> None:
     configs = {path.name: json.loads((path / "config.json").read_text()) for path in (done / "runs").iterdir()}
     assert set(configs) == {"none-seed3", "text_tokens-seed3"}
@@ -116,6 +118,7 @@ def test_every_row_is_trained_on_the_same_terms(done: Path, data: Path) -> None:
 
 
 @pytest.mark.parametrize("told", ["right", "held-out: sketch", "deranged", "empty"])
+@pytest.mark.slow
 def test_a_line_is_what_test_py_finds_with_those_reports(done: Path, data: Path, tmp_path: Path, told: str) -> None:
     bank = builtin_reports()
     source: tuple[object, ...] = ()
@@ -140,6 +143,7 @@ def test_a_line_is_what_test_py_finds_with_those_reports(done: Path, data: Path,
     assert line["dsc liver"] == str(strict["organs"]["liver"]["dsc"]["mean"])
 
 
+@pytest.mark.slow
 def test_the_table_and_the_picture(done: Path) -> None:
     text = (done / "ablation.txt").read_text()
     assert "protocol: strict" in text
@@ -155,6 +159,7 @@ def test_the_table_and_the_picture(done: Path) -> None:
 # --- again --------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_complete_is_not_done_again(data: Path, copy: Path, done: Path, commands: list[list[str]]) -> None:
     before = {path: path.stat().st_mtime_ns for folder in ("runs", "tests") for path in (copy / folder).rglob("*")}
     for name in TABLES:
@@ -166,6 +171,7 @@ def test_what_is_complete_is_not_done_again(data: Path, copy: Path, done: Path, 
         assert (copy / name).read_bytes() == (done / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_not_complete_is_done_again(data: Path, copy: Path, done: Path, commands: list[list[str]]) -> None:
     (copy / "runs" / "none-seed3" / "final.safetensors").unlink()
     (copy / "tests" / "text_tokens-seed3-deranged" / "metrics.json").unlink()
@@ -181,6 +187,7 @@ def test_what_is_not_complete_is_done_again(data: Path, copy: Path, done: Path, 
     assert (copy / "ablation.csv").read_bytes() == (done / "ablation.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_model_that_is_trained_again_is_tested_again(data: Path, copy: Path, commands: list[list[str]]) -> None:
     (copy / "runs" / "none-seed3" / "final.safetensors").unlink()
     stale = copy / "tests" / "none-seed3-right" / "metrics.json"
@@ -192,6 +199,7 @@ def test_a_model_that_is_trained_again_is_tested_again(data: Path, copy: Path, c
     assert "0.987654" not in (copy / "ablation.csv").read_text()
 
 
+@pytest.mark.slow
 def test_runs_that_were_trained_with_other_flags_are_not_taken(
     data: Path, copy: Path, commands: list[list[str]], refused: Callable[..., str]
 ) -> None:
@@ -201,6 +209,7 @@ def test_runs_that_were_trained_with_other_flags_are_not_taken(
     assert (copy / "ablation.csv").is_file()
 
 
+@pytest.mark.slow
 def test_runs_that_were_trained_on_other_data_are_not_taken(
     data: Path, copy: Path, commands: list[list[str]], refused: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -209,6 +218,7 @@ def test_runs_that_were_trained_on_other_data_are_not_taken(
     assert commands == []
 
 
+@pytest.mark.slow
 def test_results_on_another_list_are_not_taken(data: Path, copy: Path, commands: list[list[str]], tmp_path: Path) -> None:
     """Another volume to test on: refused, or tested; never the old results under the new list."""
     (tmp_path / "lists").mkdir()
