@@ -1,5 +1,7 @@
 """Products by oneDNN against torch's own: the same numbers and gradients, and only where they are meant to be."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,8 @@ from torch import Tensor
 from pgsam import products
 from pgsam.products import Linear, linear
 from pgsam.sam.attention import GridAttention
+
+mkl_is_slow = products._mkl_is_slow  # before the tests' own takes its place
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -35,6 +39,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def layer(width: int = 160, out: int = 480) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(out, width, generator=generator) * 0.1, torch.randn(out, generator=generator)
+
+
+@pytest.mark.parametrize(("maker", "slow"), [("AuthenticAMD", True), ("GenuineIntel", False)])
+def test_onednn_is_asked_on_amds_cpus(maker: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+    monkeypatch.setattr(products, "Path", lambda name: tmp_path / Path(name).name)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert mkl_is_slow.__wrapped__() is slow
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert mkl_is_slow.__wrapped__() is False
 
 
 @pytest.mark.parametrize("shape", [(1, 160), (7, 160), (2, 3, 5, 160), (196, 160)])
